@@ -1,0 +1,1 @@
+"""What is remembered: the entry log, the index, the bodies."""

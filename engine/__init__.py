@@ -1,0 +1,1 @@
+"""The bundled engine: tokens in, tokens out, in a process of its own."""

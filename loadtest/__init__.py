@@ -1,0 +1,1 @@
+"""Everything that measures: benchmarks, trace replay, answer quality."""
