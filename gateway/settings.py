@@ -1,0 +1,341 @@
+"""The settings file: closed, grouped and loud.
+
+An unknown key, a bad unit or an impossible pair stops the start with the key's full name and what would be valid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from policies import units
+from policies.category import CategoryPolicy, CategoryTable, Rule
+from policies.controls import Mode
+
+_GIB = 2**30
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message has one line per fault, each with the key's full name."""
+
+
+def _unit(parse: Callable[[object], float]) -> BeforeValidator:
+    return BeforeValidator(parse)
+
+
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false; here it is the name of a mode."""
+    return "off" if value is False else value
+
+
+CacheMode = Annotated[Mode, BeforeValidator(_yaml_off)]
+Size = Annotated[int, _unit(units.size)]
+Duration = Annotated[float, _unit(units.duration)]
+Share = Annotated[float, _unit(units.share)]
+Rate = Annotated[float, _unit(units.rate)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(_Group):
+    """Where the gateway listens and what it takes in."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    uds: Path | None = None
+    max_body: Size = 32 * 2**20
+    """Largest request body on a cached path; passed-through bodies are streamed and not bounded."""
+
+
+class Admin(_Group):
+    """The operators' own endpoints; off while the environment variable is unset."""
+
+    key_env: str = "HITPATH_ADMIN_KEY"
+
+
+class Timeouts(_Group):
+    """How long a backend may keep the gateway waiting."""
+
+    connect: Duration = 5.0
+    first_byte: Duration = 600.0
+    """Until the answer's head; a non-streamed generation takes its whole time here."""
+    idle: Duration = 120.0
+    """Between two pieces of an answer."""
+
+
+class Upstream(_Group):
+    """One backend."""
+
+    name: Name
+    kind: Literal["bundled", "openai", "vllm", "sglang"]
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")] | None = None
+    """Base URL that ends in the version, such as http://10.0.0.7:8000/v1."""
+    model: str = "bundled"
+    """For kind bundled: the checkpoint's folder, or bundled."""
+    models: tuple[str, ...] | None = None
+    """Models that it serves, with shell-style patterns; left out: asked from the bundled engine, else all."""
+    api_key_env: str | None = None
+    timeouts: Timeouts = Timeouts()
+
+    @model_validator(mode="after")
+    def _url_belongs_to_kind(self) -> Self:
+        if self.kind == "bundled" and self.url is not None:
+            raise ValueError("kind bundled takes no url: the gateway starts this engine itself")
+        if self.kind != "bundled" and self.url is None:
+            raise ValueError(f"kind {self.kind} needs a url such as http://10.0.0.7:8000/v1")
+        return self
+
+
+class SqliteLog(_Group):
+    """The embedded log in the data directory."""
+
+    kind: Literal["sqlite"] = "sqlite"
+
+
+class LocalEmbedder(_Group):
+    """MiniLM inside the gateway's process."""
+
+    kind: Literal["local"]
+    threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class OpenaiEmbedder(_Group):
+    """An OpenAI-compatible embeddings endpoint."""
+
+    kind: Literal["openai"]
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
+    model: str
+    api_key_env: str | None = None
+    timeout: Duration = 5.0
+
+
+class NoEmbedder(_Group):
+    """No comparison by meaning: the semantic stage is off."""
+
+    kind: Literal["none"]
+
+
+class Quota(_Group):
+    """A category's share of the cache: kept for it, and lent to it only while free."""
+
+    min: Share = 0.0
+    max: Share = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError("min is above max")
+        return self
+
+
+class CategoryRules(_Group):
+    """One category's own rules; what is left out comes from cache.default and the built-in caution."""
+
+    mode: CacheMode | None = None
+    threshold: Probability | None = None
+    ttl: Duration | None = None
+    quota: Quota | None = None
+    error_budget: Probability | None = None
+    max_relax: Probability | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return what is set, under the names that CategoryPolicy uses."""
+        given = {name: value for name, value in self if name != "quota" and value is not None}
+        if self.quota is not None:
+            given |= {"quota_min": self.quota.min, "quota_max": self.quota.max}
+        return given
+
+
+class When(_Group):
+    """A rule's conditions; all that are set must hold."""
+
+    system_contains: str | None = None
+    user_contains: str | None = None
+    model: str | None = None
+    endpoint: Literal["chat", "completions", "embeddings", "responses"] | None = None
+    namespace: str | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"needs at least one condition of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class CategoryRule(_Group):
+    """Names a category before the classifier is asked."""
+
+    category: str
+    when: When
+
+
+class Cache(_Group):
+    """What is remembered, for how long, and how much of it."""
+
+    memory_budget: Size | None = None
+    """Bytes for vectors, index, tables and hot bodies; left out: 2 GiB, or a quarter of the container's limit."""
+    disk_budget: Size = 10 * _GIB
+    max_answer: Size = 4 * 2**20
+    stale_grace: Duration = 3600.0
+    """How long an expired answer is kept for callers that accept it when the backend fails."""
+    shared: bool = False
+    log: SqliteLog = SqliteLog()
+    embedder: Annotated[LocalEmbedder | OpenaiEmbedder | NoEmbedder, Field(discriminator="kind")] = LocalEmbedder(
+        kind="local"
+    )
+    default: CategoryRules = CategoryRules()
+    categories: dict[Name, CategoryRules] = {}
+    rules: tuple[CategoryRule, ...] = ()
+
+    @model_validator(mode="after")
+    def _quotas_fit(self) -> Self:
+        reserved = sum(rules.quota.min for rules in self.categories.values() if rules.quota is not None)
+        if reserved > 1:
+            raise ValueError(f"the quotas' min shares add up to {reserved:.0%}, more than the whole")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_name_categories(self) -> Self:
+        known = CategoryTable(CategoryPolicy("default"), {name: {} for name in self.categories}).policies
+        for position, rule in enumerate(self.rules):
+            if rule.category not in known:
+                raise ValueError(f"rules.{position}.category: {rule.category!r} is not one of {', '.join(known)}")
+        return self
+
+    def table(self) -> CategoryTable:
+        """Return the categories with all their rules."""
+        return CategoryTable(
+            CategoryPolicy("default", **self.default.overrides()),
+            {name: rules.overrides() for name, rules in self.categories.items()},
+            [Rule(rule.category, **rule.when.model_dump()) for rule in self.rules],
+        )
+
+
+class Tenant(_Group):
+    """A client with a key of its own, and a namespace of its own."""
+
+    name: Name
+    key_env: str
+    rate_limit: Rate | None = None
+
+
+class Settings(_Group):
+    """Everything that can be set."""
+
+    server: Server = Server()
+    data_dir: Path = Path("hitpath-data")
+    admin: Admin = Admin()
+    upstreams: tuple[Upstream, ...] = ()
+    cache: Cache = Cache()
+    tenants: tuple[Tenant, ...] = ()
+
+    @field_validator("upstreams", "tenants")
+    @classmethod
+    def _names_differ(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [item.name for item in value]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the name {repeated[0]!r} is used twice")
+        return value
+
+    def effective_upstreams(self) -> tuple[Upstream, ...]:
+        """Return the backends; none set means the bundled engine with the bundled model."""
+        return self.upstreams or (Upstream(name="bundled", kind="bundled"),)
+
+
+def load(path: Path | None) -> Settings:
+    """Read a settings file; None gives the defaults. Raises SettingsError."""
+    if path is None:
+        return Settings()
+    try:
+        document = yaml.load(path.read_text("utf-8"), Loader=_LoudLoader)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not YAML: {error}") from error
+    if document is not None and not isinstance(document, dict):
+        raise SettingsError(f"{path}: must be a mapping of {', '.join(Settings.model_fields)}")
+    return validate(document or {}, source=str(path))
+
+
+def validate(document: Mapping[str, Any], *, source: str) -> Settings:
+    """Check a parsed settings document. Raises SettingsError naming each wrong key in full."""
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{source}: {_line(fault)}" for fault in error.errors())) from error
+
+
+def secret(variable: str | None, *, key: str) -> str | None:
+    """Return the value of the environment variable that a setting names. Raises SettingsError when it is unset."""
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise SettingsError(f"{key}: the environment variable {variable} is not set")
+    return value
+
+
+class _LoudLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                mark = node.value[position][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", mark)
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+def _line(fault: Any) -> str:
+    kind, context = fault["type"], fault.get("ctx", {})
+    path = ".".join(str(part) for part in _without_tags(fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{_valid_keys(fault['loc'])}"
+    if kind == "string_pattern_mismatch":
+        message = f"{fault['input']!r} does not match {context['pattern']}"
+    elif not kind.startswith("value_error") and kind != "missing":
+        message = f"{message}, got {fault['input']!r}"
+    return f"{path}: {message}" if path else message
+
+
+def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
+    """Leave out the embedder's kind, which pydantic puts into the path of what lies below it."""
+    tagged = {position + 1 for position, part in enumerate(location) if part == "embedder"}
+    return [part for position, part in enumerate(location) if position not in tagged]
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> str:
+    """Name the keys that would be valid where an unknown one was found, as far as the path can be followed."""
+    group: type[_Group] | None = Settings
+    for position, part in enumerate(location[:-1]):
+        if location[position - 1 : position] == ("embedder",):
+            group = _EMBEDDERS[str(part)]
+        elif isinstance(part, str) and group is not None and part in group.model_fields:
+            group = _INSIDE.get(part) or _optional(group.model_fields[part].annotation)
+    return f"; valid are {', '.join(group.model_fields)}" if group is not None else ""
+
+
+_INSIDE: dict[str, type[_Group]] = {
+    "upstreams": Upstream,
+    "tenants": Tenant,
+    "rules": CategoryRule,
+    "categories": CategoryRules,
+}
+"""Groups that stand in lists and tables, by the key of the list."""
+_EMBEDDERS: dict[str, type[_Group]] = {"local": LocalEmbedder, "openai": OpenaiEmbedder, "none": NoEmbedder}
+
+
+def _optional(annotation: Any) -> type[_Group] | None:
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    return next((item for item in options if isinstance(item, type) and issubclass(item, _Group)), None)
