@@ -61,7 +61,7 @@ def paired(
     """
     parts = _fragments(logprobs)
     spelled = [spoken(part) for part in parts]
-    if parts and "".join(spelled) == "".join(text for text in texts if isinstance(text, str)):
+    if texts and "".join(spelled) == "".join(map(str, texts)):
         texts = spelled
     return zip_longest(texts, parts)
 
