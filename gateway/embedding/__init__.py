@@ -14,7 +14,8 @@ class Embedding:
 
     vector: Vector
     truncated: bool
-    """The text did not fit the model's window, so the vector speaks of a part of it only."""
+    """The text did not fit the model's window or holds words the model does not know (another script, emoji):
+    the vector speaks of a part of it only, and texts that differ in the rest would look the same."""
 
 
 class EmbedderError(Exception):

@@ -1,0 +1,107 @@
+"""MiniLM itself: tokenizer and ONNX session, synchronous. Who may call it when is the batcher's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from gateway.embedding import EmbedderError, Embedding
+
+DIM = 384
+WINDOW = 256
+"""Tokens, the two markers included: the length the model was trained with."""
+MAX_CHARS = 16 * WINDOW
+"""A longer text is cut before tokenising: 50 MB must cost nothing, and ordinary text needs five characters a token."""
+MAX_ROWS = 512
+"""Tokens in one run; bounds the memory of activations."""
+
+Ids = Sequence[int]
+
+
+class MiniLM:
+    """One loaded model. Not for concurrent use."""
+
+    def __init__(self, model: str | bytes, tokenizer: Path, *, threads: int = 1) -> None:
+        """Load from a file's path or a model's bytes. Raises what the two libraries raise."""
+        self._session = onnxruntime.InferenceSession(model, _options(threads), providers=["CPUExecutionProvider"])
+        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        # The file's own settings pad every text to 128 tokens.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._end: int = self._tokenizer.encode("").ids[-1]
+        self._unknown = self._tokenizer.token_to_id("[UNK]")
+
+    def encode(self, texts: Sequence[str]) -> list[Embedding]:
+        """Embed texts, in their order. A vector does not depend on the other texts. Raises EmbedderError."""
+        tokens = [self._tokens(text) for text in texts]
+        vectors = np.empty((len(texts), DIM), np.float32)
+        for group in group_by_length([len(ids) for ids, _ in tokens]):
+            vectors[group] = self._run([tokens[index][0] for index in group])
+        return [
+            # A copy: a view would keep the whole batch alive as long as one of its vectors.
+            Embedding(vector=vector.copy(), truncated=partial)
+            for vector, (_, partial) in zip(vectors, tokens, strict=True)
+        ]
+
+    def _tokens(self, text: str) -> tuple[Ids, bool]:
+        """Token ids, and whether they speak of a part of the text only."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text[:MAX_CHARS]).ids
+        except Exception as error:  # tokenizers raises TypeError on lone surrogates, and bare Exception elsewhere
+            raise EmbedderError(f"the text cannot be tokenised: {error}") from error
+        partial = len(text) > MAX_CHARS or len(ids) > WINDOW or self._unknown in ids
+        return (ids if len(ids) <= WINDOW else [*ids[: WINDOW - 1], self._end]), partial
+
+    def _run(self, batch: Sequence[Ids]) -> NDArray[np.float32]:
+        try:
+            (vectors,) = self._session.run(None, feeds(batch))
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise EmbedderError(f"the model failed: {error}") from error
+        result: NDArray[np.float32] = vectors[:, 0]
+        return result
+
+
+def feeds(batch: Sequence[Ids]) -> dict[str, NDArray[np.generic]]:
+    """The graph's inputs for token ids of one or more texts, padded to the longest."""
+    lengths = np.array([len(ids) for ids in batch], np.int32)
+    tokens = int(lengths.max())
+    inside = np.arange(tokens) < lengths[:, None]
+    ids = np.zeros(inside.shape, np.int64)
+    ids[inside] = [token for text in batch for token in text]
+    return {
+        "ids": ids.reshape(1, -1),
+        "positions": np.tile(np.arange(tokens, dtype=np.int64), len(batch))[None],
+        "shape": np.array([len(batch), tokens, DIM], np.int64),
+        "lengths": lengths,
+        "pool": (inside / lengths[:, None]).astype(np.float32)[:, None],
+    }
+
+
+def group_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in groups of like length, so that padding stays under about a quarter and a run under MAX_ROWS."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        if group and (length > lengths[group[0]] * 1.25 + 2 or length * (len(group) + 1) > MAX_ROWS):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A plan of the memory would be kept for every shape ever seen.
+    options.enable_mem_pattern = False
+    # Waiting threads must not burn the core that serves.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
