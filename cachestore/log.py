@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cachestore.entry import Filter, Hit, Vector
+from cachestore.entry import Document, Filter, Hit, Vector
 from cachestore.errors import LogDamaged
 from cachestore.migrations import check_format, migrate
 from cachestore.rows import ANSWER_COLUMNS, Row, RowDamaged, decode_answer, decode_vector, unpack
@@ -296,6 +296,21 @@ class Log:
             rows = self._reader().execute(query, (*arguments, limit, offset)).fetchall()
         return [EntryRow(*(*row[:-2], _body_or_none(*row[-2:]))) for row in rows]
 
+    def documents(self, ids: Sequence[int]) -> list[Document]:
+        """Whole entries; damaged and unknown ones are left out."""
+        found = []
+        for id_ in ids:
+            with _translated():
+                row = self._reader().execute("SELECT namespace, model FROM entry WHERE id = ?", (id_,)).fetchone()
+            entries, _ = self.load(id_ - 1, id_, 1)
+            try:
+                hit = self.read(id_)
+            except RowDamaged:
+                continue
+            if row is not None and hit is not None and entries:
+                found.append(_document(entries[0], hit, *row))
+        return found
+
     def summaries(self) -> list[Summary]:
         """Every entry, for `check()`."""
         query = "SELECT id, key, category, size, vector IS NOT NULL FROM entry LEFT JOIN payload USING (id) ORDER BY id"
@@ -321,6 +336,24 @@ class Log:
         except RowDamaged as error:
             return str(error.args[0])
         return f"entry {id}: checksum of the vector" if self.load(id - 1, id, 1)[1] else None
+
+
+def _document(entry: Loaded, hit: Hit, namespace: str, model: str) -> Document:
+    return Document(
+        key=entry.key,
+        scope=entry.scope,
+        namespace=namespace,
+        category=hit.category,
+        model=model,
+        endpoint=hit.endpoint,
+        upstream=hit.upstream,
+        text=hit.text,
+        body=hit.body,
+        created=hit.created,
+        expires=hit.expires,
+        cost=entry.cost,
+        vector=entry.vector,
+    )
 
 
 def _insert(connection: sqlite3.Connection, row: Row) -> tuple[int, int | None]:

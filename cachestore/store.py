@@ -67,6 +67,8 @@ class Store:
         self._hot = self._view.hot.get
         self._writer = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(2, "store-reader")
+        self._indexer = ThreadPoolExecutor(1, "store-index")
+        self._unpoured = asyncio.Event()
         self._queue: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
@@ -96,6 +98,7 @@ class Store:
         except BaseException:
             store._writer.shutdown()
             store._readers.shutdown()
+            store._indexer.shutdown()
             raise
         return store
 
@@ -114,6 +117,7 @@ class Store:
         self._spawn(self._load(upto))
         self._spawn(self._write_loop())
         self._spawn(self._sweep_loop())
+        self._spawn(self._pour_loop())
 
     def _open_log(self) -> tuple[Log, int, int]:
         log = Log(self.directory, max_bytes=self.options.max_file)
@@ -309,6 +313,7 @@ class Store:
         hit = Hit(id, document.body, row.created, row.expires, row.category, row.endpoint, row.upstream, row.text)
         self._view.keep_hot(row.key, hit, now)
         self._stored += 1
+        self._unpoured.set()
 
     def _forget(self, id: int | None) -> None:
         """Drop an entry whose row is gone."""
@@ -442,6 +447,22 @@ class Store:
             async with self._turn:
                 await self._write_group()
 
+    async def _pour_loop(self) -> None:
+        """Keep large scopes in graphs, in small steps in a thread of their own."""
+        index = self._view.index
+        while True:
+            await self._unpoured.wait()
+            self._unpoured.clear()
+            while True:
+                retired = index.retire_some()
+                pour = index.next_pour()
+                if pour is not None:
+                    await self._in(self._indexer, pour.run)
+                    index.finish(pour)
+                elif not retired:
+                    break
+                await asyncio.sleep(0)
+
     async def _sweep_loop(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_EVERY)
@@ -491,6 +512,7 @@ class Store:
             for row in rows:
                 if row.id not in self._gone and self._view.table.find(row.key) is None:
                     self._view.remember(row, now)
+            self._unpoured.set()
             after = max([row.id for row in rows] + damaged)
 
     def _drop_damaged(self, id: int, problem: str) -> None:
@@ -535,8 +557,8 @@ class Store:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._in(self._writer, self._log.close)
-        self._readers.shutdown()
-        self._writer.shutdown()
+        for executor in (self._readers, self._indexer, self._writer):
+            executor.shutdown()
         self._lock.release()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -5,9 +5,12 @@ Everything here is immediate and belongs to the event loop's thread; the store d
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
+
+import numpy as np
 
 from cachestore.entry import Hit, Neighbour, Vector
 from cachestore.hot import HotBodies, HotBody
@@ -17,6 +20,8 @@ from cachestore.table import ENTRY_BYTES, Table
 from cachestore.vectors import VectorIndex
 from policies.eviction import Evictor
 from policies.quota import allowances
+
+logger = logging.getLogger("hitpath.store")
 
 _BATCH_SHARE = 128
 """An eviction frees at least this part of its budget, so that a full store does not evict at every put."""
@@ -46,7 +51,7 @@ class View:
         self._options = options
         self._evictor = evictor
         self.table = Table()
-        self.index = VectorIndex()
+        self.index = VectorIndex(lambda slot: int(self.table.id[slot]), self.table.slot_of)
         self.hot = HotBodies()
         self.charged: Counter[str] = Counter()
         self._touched: list[bytes] = []
@@ -60,6 +65,9 @@ class View:
     def remember(self, entry: Loaded, now: float) -> int:
         """Take a committed entry in; whatever had its key must have been forgotten. Returns its slot."""
         vector = entry.vector if entry.scope and entry.expires > now else None
+        if vector is not None and not (self.index.fits(entry.scope, vector) and np.isfinite(vector).all()):
+            logger.warning("entry %d cannot be compared by meaning: its vector is not one of its scope's", entry.id)
+            vector = None
         memory = footprint(entry.vector)
         slot = self.table.add(
             entry.id,
@@ -71,7 +79,7 @@ class View:
             disk=entry.size,
         )
         if vector is not None:
-            self.index.add(entry.scope, slot, entry.id, vector)
+            self.index.add(entry.scope, slot, vector)
         self._evictor.admit(slot, entry.category, size=memory + entry.size, cost=entry.cost, now=entry.used)
         if entry.hits:
             self._evictor.touch(slot, entry.used, entry.hits)
@@ -262,9 +270,10 @@ class View:
         return found
 
     def _check_index(self) -> list[str]:
-        indexed = {(scope, slot) for scope, slots in self.index.slots().items() for slot in slots}
-        expected = {(self.table.scope_of(slot), slot) for slot in self.table if self.table.scoped[slot]}
-        return [f"slot {slot} is in the index or in the table, not in both" for _, slot in indexed ^ expected]
+        indexed = Counter(self.index.check())
+        expected = Counter((self.table.scope_of(slot), slot) for slot in self.table if self.table.scoped[slot])
+        wrong = (indexed - expected) + (expected - indexed)
+        return [f"slot {slot} is in the index or in the table, not once in both" for _, slot in wrong]
 
 
 def footprint(vector: Vector | None) -> int:
