@@ -6,7 +6,7 @@ prices go stale in minutes, a wrong medical answer costs more than a missed hit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class CategoryPolicy:
     """How far the threshold may fall under load."""
 
     def under(self, controls: Controls) -> CategoryPolicy:
-        """Return the rules for one call: a client may be stricter than the operator, never laxer; the TTL is its own."""
+        """Return the rules for one call: a client may be stricter than the operator, never laxer."""
         return replace(
             self,
             mode=self.mode if controls.mode is None else self.mode.stricter(controls.mode),
@@ -117,11 +117,6 @@ class CategoryTable:
         return self._policies
 
     @property
-    def needs_text(self) -> bool:
-        """Whether any rule looks at the call's text."""
-        return any(rule.system_contains is not None or rule.user_contains is not None for rule in self._rules)
-
-    @property
     def compares(self) -> bool:
         """Whether any category is compared by meaning at all."""
         return any(policy.mode is Mode.SEMANTIC for policy in self._policies.values())
@@ -142,17 +137,17 @@ class CategoryTable:
         """Return the rules for a category that the classifier named."""
         return self._policies.get(name) or self.fallback()
 
-    def decided(self, controls: Controls, facts: CallFacts) -> CategoryPolicy | None:
+    def decided(self, controls: Controls, facts: Callable[[], CallFacts]) -> CategoryPolicy | None:
         """Return the category that the header or the first matching rule names; None leaves it to the classifier.
 
-        Raises UnknownCategoryError.
+        `facts` is only called when there are rules to ask. Raises UnknownCategoryError.
         """
         if controls.category is not None:
             return self.named(controls.category)
-        for rule in self._rules:
-            if rule.matches(facts):
-                return self._policies[rule.category]
-        return None
+        if not self._rules:
+            return None
+        known = facts()
+        return next((self._policies[rule.category] for rule in self._rules if rule.matches(known)), None)
 
 
 def _stricter(policy: CategoryPolicy, caution: Mapping[str, Any]) -> CategoryPolicy:

@@ -14,6 +14,7 @@ class Miss(StrEnum):
     ABSENT = "absent"
     STALE = "stale"
     TOO_OLD = "too-old"
+    REFRESH = "refresh"
     BELOW_THRESHOLD = "below-threshold"
     NO_NEIGHBOUR = "no-neighbour"
     JUDGE_REFUSED = "judge-refused"
@@ -30,6 +31,7 @@ class Bypass(StrEnum):
     MODE_OFF = "mode-off"
     NO_STORE = "no-store"
     STATEFUL = "stateful"
+    ENCODED = "encoded-body"
 
 
 class NotStored(StrEnum):

@@ -1,0 +1,182 @@
+"""Builds the gateway from its settings, opens it, closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from cachestore import Store, StoreOptions
+from gateway.admin import AdminDoor, HealthDoor, MetricsDoor
+from gateway.answers import Responder
+from gateway.embedding import Embedder
+from gateway.embedding.local import LocalEmbedder
+from gateway.embedding.remote import RemoteEmbedder
+from gateway.errors import UnknownPathError
+from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Receive, Scope
+from gateway.memory import default_budget
+from gateway.metrics import Metrics
+from gateway.pipeline import Pipeline
+from gateway.semantic import SemanticRoom
+from gateway.settings import LocalEmbedder as LocalEmbedderSettings
+from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, secret
+from gateway.supervise import Engine
+from gateway.tenants import Tenants
+from gateway.upstream import Router, open_backend
+from policies.category import CategoryTable
+from policies.classifier import CategoryHead
+from policies.eviction import ValuePerByte
+from policies.judge import ThresholdJudge
+from policies.quota import Quota
+
+log = logging.getLogger(__name__)
+
+_CACHED = {
+    "/chat/completions": "chat",
+    "/completions": "completions",
+    "/embeddings": "embeddings",
+    "/responses": "responses",
+}
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """An open gateway."""
+
+    app: Starlette
+    store: Store
+    models: tuple[str, ...]
+
+
+@asynccontextmanager
+async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Open the store, the embedder and the backends; close them in the opposite order.
+
+    Raises SettingsError, StoreError, EmbedderError, EngineFailedError: each says what is wrong and what would be right.
+    """
+    async with AsyncExitStack() as stack:
+        tenants = Tenants(settings.tenants, shared=settings.cache.shared)
+        engines = [Engine(item.name, item.model) for item in settings.effective_upstreams() if item.kind == "bundled"]
+        router = _router(settings, {engine.name: engine for engine in engines})
+        stack.push_async_callback(router.close)
+        table = settings.cache.table()
+        for engine in engines:
+            stack.push_async_callback(engine.stop)
+        starting = asyncio.gather(*(engine.start() for engine in engines))
+        (embedder, store), _ = await asyncio.gather(_open_cache(settings, table, stack), starting)
+        metrics = Metrics()
+        pipeline = Pipeline(
+            store=store,
+            semantic=semantic_room(embedder, store, table),
+            router=router,
+            table=table,
+            metrics=metrics,
+            max_answer=settings.cache.max_answer,
+            stale_grace=settings.cache.stale_grace,
+        )
+        stack.push_async_callback(pipeline.close)
+        health = HealthDoor(lambda: {"store": store.loaded.is_set()} | {item.name: item.ready for item in engines})
+        admin = AdminDoor(store, _admin_key(settings))
+        routes = _routes(settings, pipeline, router, tenants, metrics, health, admin)
+        models = tuple(pattern for backend in router.backends for pattern in backend.models)
+        yield Gateway(Starlette(routes=routes), store, models)
+
+
+async def _open_cache(settings: Settings, table: CategoryTable, stack: AsyncExitStack) -> tuple[Embedder | None, Store]:
+    embedder = await open_embedder(settings, table)
+    if embedder is not None:
+        stack.push_async_callback(embedder.close)
+    store = await open_store(settings, table, embedder)
+    stack.push_async_callback(store.close)
+    return embedder, store
+
+
+async def open_embedder(settings: Settings, table: CategoryTable) -> Embedder | None:
+    """Open the embedder of the settings; None when nothing is compared by meaning."""
+    chosen = settings.cache.embedder
+    if isinstance(chosen, NoEmbedder) or not table.compares:
+        return None
+    if isinstance(chosen, LocalEmbedderSettings):
+        return await LocalEmbedder.open(settings.data_dir / "cache", threads=chosen.threads)
+    assert isinstance(chosen, OpenaiEmbedder)
+    key = secret(chosen.api_key_env, key="cache.embedder.api_key_env")
+    return await RemoteEmbedder.open(chosen.url, chosen.model, api_key=key, timeout=chosen.timeout)
+
+
+async def open_store(settings: Settings, table: CategoryTable, embedder: Embedder | None) -> Store:
+    """Open the data directory's store within its budgets."""
+    cache = settings.cache
+    options = StoreOptions(
+        memory_budget=default_budget() if cache.memory_budget is None else cache.memory_budget,
+        disk_budget=cache.disk_budget,
+        stale_grace=cache.stale_grace,
+        quotas={name: Quota(policy.quota_min, policy.quota_max) for name, policy in table.policies.items()},
+        max_body=cache.max_answer,
+        embedder="" if embedder is None else embedder.identity,
+    )
+    return await Store.open(settings.data_dir, options, eviction=ValuePerByte())
+
+
+def semantic_room(embedder: Embedder | None, store: Store, table: CategoryTable) -> SemanticRoom | None:
+    """Return the room where calls are compared by meaning, with the classifier if it knows this embedder."""
+    if embedder is None:
+        return None
+    head = CategoryHead.load()
+    if not head.fits(embedder.identity, embedder.dim):
+        log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
+        return SemanticRoom(embedder, None, store, ThresholdJudge(), table)
+    return SemanticRoom(embedder, head, store, ThresholdJudge(), table)
+
+
+def _router(settings: Settings, engines: dict[str, Engine]) -> Router:
+    return Router(
+        [
+            open_backend(
+                upstream,
+                uds=engines[upstream.name].uds if upstream.name in engines else None,
+                hides_client_key=bool(settings.tenants),
+            )
+            for upstream in settings.effective_upstreams()
+        ]
+    )
+
+
+def _admin_key(settings: Settings) -> str | None:
+    return os.environ.get(settings.admin.key_env) or None
+
+
+def _routes(
+    settings: Settings,
+    pipeline: Pipeline,
+    router: Router,
+    tenants: Tenants,
+    metrics: Metrics,
+    health: HealthDoor,
+    admin: AdminDoor,
+) -> list[Route]:
+    cached = {
+        f"/v1{path}": CachedDoor(endpoint, path, pipeline, tenants, settings.server.max_body)
+        for path, endpoint in _CACHED.items()
+    }
+    doors: dict[str, Door] = {
+        **cached,
+        "/v1/models": ModelsDoor(router, tenants),
+        "/v1/{path:path}": PassThroughDoor(router, tenants),
+        "/healthz": health,
+        "/readyz": health,
+        "/metrics": MetricsDoor(metrics),
+        "/admin/{path:path}": admin,
+        "/{path:path}": _nothing_here,
+    }
+    return [Route(path, Guard(door, metrics), methods=_METHODS) for path, door in doors.items()]
+
+
+async def _nothing_here(scope: Scope, receive: Receive, respond: Responder) -> None:
+    raise UnknownPathError(f"there is nothing at {scope['path']}; the API lies below /v1/")

@@ -1,0 +1,119 @@
+"""The semantic room: embed once, find neighbours in this scope, let the judge decide."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachestore import Store
+from cachestore.entry import Hit, Neighbour, Vector
+from gateway.embedding import Embedder, EmbedderError, Embedding
+from gateway.timing import Timing
+from policies.canonical import Origin
+from policies.category import CategoryPolicy, CategoryTable
+from policies.classifier import CategoryHead
+from policies.controls import Controls, Mode
+from policies.judge import Accepted, Candidate, Judge
+from policies.reasons import Miss
+from policies.scope import Comparable
+
+_NEIGHBOURS = 4
+"""How many neighbours the judge is shown."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What came of a look-up: the hit or the reason, and what storing a generated answer will need."""
+
+    policy: CategoryPolicy
+    found: Hit | Miss
+    score: float | None = None
+    """The judge's score of the best neighbour."""
+    scope: bytes = b""
+    vector: Vector | None = None
+
+
+class SemanticRoom:
+    """Answers calls whose meaning was asked before."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        head: CategoryHead | None,
+        store: Store,
+        judge: Judge,
+        table: CategoryTable,
+    ) -> None:
+        """`head` is None when it was trained for another embedder; calls are then not classified."""
+        self._embedder = embedder
+        self._head = head
+        self._store = store
+        self._judge = judge
+        self._table = table
+
+    async def look(
+        self,
+        origin: Origin,
+        asked: Comparable,
+        decided: CategoryPolicy | None,
+        controls: Controls,
+        timing: Timing,
+    ) -> Looked:
+        """Look for an answer to a question of the same meaning; failures are misses with a reason."""
+        try:
+            embedding = await self._embed(asked.text, timing)
+        except EmbedderError as error:
+            log.warning("the embedder failed: %s", error)
+            return Looked((decided or self._table.fallback()).under(controls), Miss.EMBEDDER_FAILED)
+        policy = (decided or self._classify(embedding.vector)).under(controls)
+        if policy.mode is not Mode.SEMANTIC:
+            return Looked(policy, Miss.NOT_COMPARABLE)
+        if embedding.truncated:
+            # Two long texts that differ only behind the window would look identical.
+            return Looked(policy, Miss.TEXT_TOO_LONG)
+        scope = asked.scope(origin, self._embedder.identity)
+        found, score = await self._search(scope, asked.text, embedding.vector, policy, timing)
+        return Looked(policy, found, score, scope, embedding.vector)
+
+    async def _embed(self, text: str, timing: Timing) -> Embedding:
+        with timing.room("embed"):
+            return await self._embedder.embed(text)
+
+    def _classify(self, vector: Vector) -> CategoryPolicy:
+        if self._head is None:
+            return self._table.fallback()
+        name, _ = self._head.classify(vector)
+        return self._table.learned(name)
+
+    async def _search(
+        self, scope: bytes, text: str, vector: Vector, policy: CategoryPolicy, timing: Timing
+    ) -> tuple[Hit | Miss, float | None]:
+        if not self._store.has_scope(scope):
+            return (Miss.NO_NEIGHBOUR if self._store.loaded.is_set() else Miss.LOADING), None
+        with timing.room("search"):
+            neighbours = self._store.search(scope, vector, _NEIGHBOURS, -1.0)
+        if not neighbours:
+            return Miss.NO_NEIGHBOUR, None
+        started = time.perf_counter()
+        judged = await self._judged(text, neighbours, policy)
+        timing.add("judge", time.perf_counter() - started)
+        return judged
+
+    async def _judged(
+        self, text: str, neighbours: Sequence[Neighbour], policy: CategoryPolicy
+    ) -> tuple[Hit | Miss, float | None]:
+        """Show the judge those neighbours that it may accept, with their texts."""
+        floor = self._judge.floor(policy)
+        near = [item for item in neighbours if item.similarity >= floor]
+        if not near:
+            return Miss.BELOW_THRESHOLD, neighbours[0].similarity
+        hits = {item.id: hit for item in near if (hit := await self._store.fetch(item.id)) is not None}
+        candidates = [Candidate(item.id, hits[item.id].text, item.similarity) for item in near if item.id in hits]
+        judgement = self._judge.judge(text, candidates, policy)
+        if isinstance(judgement, Accepted):
+            return hits[judgement.candidate.id], judgement.score
+        return judgement.reason, judgement.score
