@@ -40,5 +40,5 @@ class Wire(Protocol):
         ...
 
     def replay(self, body: bytes, *, include_usage: bool) -> Iterator[bytes]:
-        """Read a stored answer as a stream: whole server-sent events, `data: [DONE]` included where the endpoint has it."""
+        """Read a stored answer as a stream: whole server-sent events, `data: [DONE]` where the endpoint has it."""
         ...

@@ -18,6 +18,7 @@ from policies.reasons import NotStored
 _REASONING = ("reasoning_content", "reasoning")
 _ANSWERS = ("content", "tool_calls", "function_call", "refusal", "audio", "images")
 _CUT = ("function_call", "audio")
+_CALLS = ("function", "custom")
 _EMPTY: tuple[object, ...] = (None, "", [])
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # A choice's fields that replay places itself; the others ride on the finish chunk.
@@ -138,9 +139,8 @@ def _in_pieces(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
     head: dict[str, Any] = {}
     tails: list[dict[str, Any]] = []
     for name, value in whole.items():
-        if isinstance(value, dict):
-            first, *rest = _in_pieces(value)
-            head[name] = first
+        if name in _CALLS and isinstance(value, dict):
+            head[name], *rest = _in_pieces(value)
             tails += ({name: part} for part in rest)
         elif isinstance(value, str) and name in TEXT_FIELDS:
             head[name] = ""

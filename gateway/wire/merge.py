@@ -30,8 +30,6 @@ TEXT_FIELDS = frozenset(
 _ONCE = frozenset({"format", "id", "name", "object", "role", "type"})
 # Said again when it changes: the last word counts.
 _LAST = frozenset({"finish_reason", "matched_stop", "native_finish_reason", "severity", "status", "stop_reason"})
-# Padding against traffic analysis; it has no meaning outside its chunk.
-_STREAM_ONLY = frozenset({"choices", "obfuscation"})
 _FIRST_CHUNK = frozenset({"created", "id", "model"})
 
 
@@ -121,7 +119,7 @@ def payloads(events: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for data in events:
         if not data:
             continue
-        if data == DONE:
+        if data.startswith(DONE):
             return
         yield parse_payload(data)
 
@@ -148,10 +146,13 @@ def merge_chunks(events: Iterable[bytes], kind: str) -> dict[str, Any]:
     accumulator = Accumulator()
     answer: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
-    for chunk in payloads(events):
-        _add_envelope(answer, chunk)
-        for choice in _choices(chunk):
-            accumulator.add(choices.setdefault(choice.get("index", 0), {}), choice)
+    try:
+        for chunk in payloads(events):
+            for choice in _take_choices(chunk):
+                accumulator.add(choices.setdefault(choice.get("index", 0), {}), choice)
+            _add_envelope(answer, chunk)
+    except RecursionError as error:
+        raise BrokenStream("a chunk is nested too deeply") from error
     accumulator.settle()
     if not choices:
         raise BrokenStream("no chunk has a choice")
@@ -162,13 +163,15 @@ def merge_chunks(events: Iterable[bytes], kind: str) -> dict[str, Any]:
     return answer
 
 
-def _choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:
-    choices = chunk.get("choices")
-    if not isinstance(choices, list) or not all(
-        isinstance(choice, dict) and isinstance(choice.get("index", 0), int) for choice in choices
-    ):
+def _take_choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = chunk.pop("choices", None)
+    if choices is None and isinstance(chunk.get("usage"), dict):
+        return []
+    if not isinstance(choices, list):
         raise BrokenStream("a chunk has no choices")
     for choice in choices:
+        if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+            raise BrokenStream("a choice is not one")
         # Some backends repeat the whole message so far beside the delta.
         choice.pop("message", None)
     return choices
@@ -177,12 +180,14 @@ def _choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:
 def _add_envelope(answer: dict[str, Any], chunk: dict[str, Any]) -> None:
     """Take a chunk's own fields: the identity from the first chunk that has it, the rest from the last."""
     for name, value in chunk.items():
-        if name in _STREAM_ONLY or (value is None and name == "usage"):
-            continue
         old = answer.get(name)
-        if value is None or (name in _FIRST_CHUNK and old):
-            answer.setdefault(name, value)
-        elif isinstance(old, dict) and isinstance(value, dict) and name != "usage":
-            answer[name] = {**old, **value}
-        else:
+        if value is None:
+            if name != "usage":
+                answer.setdefault(name, None)
+        elif not old:
             answer[name] = value
+        elif name not in _FIRST_CHUNK:
+            merges = isinstance(old, dict) and isinstance(value, dict) and name != "usage"
+            answer[name] = {**old, **value} if merges else value
+    # Padding against traffic analysis: it has no meaning outside its chunk.
+    answer.pop("obfuscation", None)

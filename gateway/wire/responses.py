@@ -11,7 +11,7 @@ from gateway.wire import BrokenStream, Verdict
 from gateway.wire.merge import payloads
 from gateway.wire.replay import pieces
 from gateway.wire.sse import encode
-from gateway.wire.verdict import counted
+from gateway.wire.verdict import counted, unwritable
 from policies.reasons import NotStored
 
 _FINAL = frozenset({"response.completed", "response.failed", "response.incomplete"})
@@ -44,7 +44,7 @@ class ResponsesWire:
             if kind == "error":
                 raise BrokenStream(f"the stream tells an error: {str(payload.get('message'))[:200]}")
             if kind == "response.output_item.done" and isinstance(payload.get("item"), dict):
-                items[int(payload.get("output_index", len(items)))] = payload["item"]
+                items[_place(payload, len(items))] = payload["item"]
             if kind in _FINAL:
                 return _final(payload.get("response"), items)
         raise BrokenStream("no event ends the response")
@@ -61,6 +61,13 @@ class ResponsesWire:
             begun["completed_at"] = None
         for number, event in enumerate(_events(response, begun)):
             yield encode(orjson.dumps({**event, "sequence_number": number}), event["type"])
+
+
+def _place(payload: dict[str, Any], otherwise: int) -> int:
+    index = payload.get("output_index", otherwise)
+    if not isinstance(index, int):
+        raise BrokenStream("an output item has no place")
+    return index
 
 
 def _final(response: Any, items: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -88,7 +95,9 @@ def _refusal(answer: Any) -> NotStored | None:
         return NotStored.MALFORMED
     if any(item.get("status") == "incomplete" for item in output):
         return NotStored.TRUNCATED
-    return None if any(_says_something(item) for item in output) else NotStored.EMPTY
+    if not any(_says_something(item) for item in output):
+        return NotStored.EMPTY
+    return unwritable(answer)
 
 
 def _says_something(item: dict[str, Any]) -> bool:

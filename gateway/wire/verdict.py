@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import orjson
+
 from gateway.wire import Verdict
 from policies.reasons import NotStored
 
@@ -32,6 +34,18 @@ def counted(answer: Any, refusal: NotStored | None, prompt: str, completion: str
     return Verdict(refusal, _count(usage.get(prompt)), _count(usage.get(completion)))
 
 
+def unwritable(answer: Any) -> NotStored | None:
+    """Refuse an answer that a replay could not write: JSON may be read from deeper nesting than it is written with.
+
+    One level is kept for the events of a replay.
+    """
+    try:
+        orjson.dumps([answer])
+    except TypeError:
+        return NotStored.MALFORMED
+    return None
+
+
 def _count(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
@@ -47,7 +61,7 @@ def _refusal(answer: Any, fault: Fault) -> NotStored | None:
     if not choices:
         return NotStored.EMPTY
     faults = (_choice_fault(choice, fault) for choice in choices)
-    return next((found for found in faults if found is not None), None)
+    return next((found for found in faults if found is not None), None) or unwritable(answer)
 
 
 def _choice_fault(choice: Any, fault: Fault) -> NotStored | None:

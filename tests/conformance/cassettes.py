@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 _REPOSITORY = Path(__file__).parents[2]
+_CONNECTION = frozenset({"alt-svc", "connection", "content-length", "date", "server", "transfer-encoding"})
 _ENDPOINT = re.compile(r"/(chat/completions|completions|embeddings|responses)$")
 
 
@@ -38,6 +39,11 @@ class Exchange:
         """The name of the cached endpoint, None for the others."""
         found = _ENDPOINT.search(self.path)
         return None if found is None else found[1].split("/")[0]
+
+    @property
+    def headers_to_send(self) -> dict[str, str]:
+        """The answer's headers that are still true when it is served again: nothing of the recorded connection."""
+        return {name: value for name, value in self.response_headers.items() if name not in _CONNECTION}
 
     @property
     def streams(self) -> bool:

@@ -14,6 +14,7 @@ from policies.reasons import NotStored
 from tests.gateway.wire import answers
 
 WIRE = ChatWire()
+DEEP = b'{"a":' * 600 + b"1" + b"}" * 600
 USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
@@ -209,6 +210,10 @@ def test_a_message_repeated_beside_the_delta_is_left_out() -> None:
     assert merged(*map(orjson.dumps, events))["choices"][0]["message"]["content"] == "ab"
 
 
+def test_a_usage_chunk_may_lack_choices() -> None:
+    assert merged(chunk({"content": "a"}), chunk(finish="stop"), orjson.dumps({"usage": USAGE}))["usage"] == USAGE
+
+
 def test_a_finish_without_done_is_an_end() -> None:
     assert WIRE.merge([chunk({"content": "a"}), chunk(finish="stop")])["choices"][0]["message"]["content"] == "a"
 
@@ -234,6 +239,7 @@ def test_a_finish_without_done_is_an_end() -> None:
         [chunk({"tool_calls": [{"index": "x"}]}), chunk(finish="stop"), DONE],
         [b'{"choices": [], "usage": {}}', DONE],
         [b'"\\ud800"', DONE],
+        [chunk({"a": 0}).replace(b'"a":0', b'"a":' + DEEP)] * 2 + [chunk(finish="stop"), DONE],
     ],
 )
 def test_a_broken_stream_is_no_answer(events: list[bytes]) -> None:
@@ -264,6 +270,7 @@ def test_a_broken_stream_is_no_answer(events: list[bytes]) -> None:
         (answer(choices=None), NotStored.MALFORMED),
         (answer(choices=answer()["choices"] + answer(finish="length")["choices"]), NotStored.TRUNCATED),
         (answer(error={"message": "x"}), NotStored.ERROR_STATUS),
+        (answer({"content": "a", "vendor": orjson.loads(DEEP)}), NotStored.MALFORMED),
         ({}, NotStored.MALFORMED),
         ([], NotStored.MALFORMED),
     ],

@@ -105,7 +105,14 @@ def response(*output: Any, **more: Any) -> dict[str, Any]:
 
 
 def message(*content: Any, **more: Any) -> dict[str, Any]:
-    return {"id": "msg", "type": "message", "role": "assistant", "status": "completed", "content": content, **more}
+    return {
+        "id": "msg",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": list(content),
+        **more,
+    }
 
 
 TEXT = {"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}
@@ -190,6 +197,7 @@ def test_items_told_only_in_their_own_events_are_kept() -> None:
         [{"type": "error", "code": "x", "message": "y", "param": None}],
         [{"type": "response.completed"}],
         [{"error": {"message": "x"}}],
+        [{"type": "response.output_item.done", "output_index": "x", "item": {}}],
     ],
 )
 def test_a_broken_stream_is_no_answer(events: list[dict[str, Any]]) -> None:
@@ -225,9 +233,10 @@ def test_a_response_that_did_not_complete_is_refused(kind: str, more: dict[str, 
         (response(status="queued"), NotStored.MALFORMED),
         (response(message(TEXT), status="in_progress"), NotStored.MALFORMED),
         (response(output=None), NotStored.MALFORMED),
+        (response(message(TEXT), vendor=orjson.loads(b"[" * 600 + b"]" * 600)), NotStored.MALFORMED),
         (response(output=[1]), NotStored.MALFORMED),
         ([], NotStored.MALFORMED),
     ],
 )
 def test_only_a_whole_answer_is_kept(whole: Any, refusal: NotStored | None) -> None:
-    assert WIRE.inspect(orjson.loads(orjson.dumps(whole))).refusal is refusal
+    assert WIRE.inspect(whole).refusal is refusal
