@@ -1,0 +1,231 @@
+"""Train the bundled smoke-test model: `python -m loadtest.training.bundled --out engine/bundled`.
+
+A Llama-layout decoder of 5.4 million parameters over a byte-level BPE of 4 096 tokens, from public-domain books alone.
+Three phases: short rows with exact repeats until copying appears, longer mixed rows, and a few very long ones so that
+a long prompt does not keep an answer from ending. About half an hour on two cores with bfloat16 instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+
+from engine.config import parse_config
+from engine.model import Decoder
+from loadtest.data import data_dir
+from loadtest.training.samples import IGNORE, Row, Samples, Specials, read_books
+
+VOCABULARY = 4096
+SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "rope_theta": 10_000.0,
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+    "torch_dtype": "bfloat16",
+}
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}
+{{- '<|system|>Tools: ' + (tools | tojson) + '<|end|>' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role not in ['system', 'developer', 'user', 'assistant', 'tool'] %}
+{{- raise_exception('Unknown role: ' + message.role) }}
+{%- endif %}
+{{- '<|' + ('system' if message.role == 'developer' else message.role) + '|>' }}
+{%- if message.content is string %}
+{{- message.content }}
+{%- elif message.content %}
+{{- message.content | map(attribute='text') | join('\\n') }}
+{%- endif %}
+{%- if message.tool_calls %}
+{{- message.tool_calls | tojson }}
+{%- endif %}
+{{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>' }}
+{%- endif %}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps of one row length, and the share of each kind of sample."""
+
+    steps: int
+    length: int
+    batch: int
+    mix: Mapping[str, float]
+
+
+PHASES = (
+    Phase(700, 256, 16, {"book": 0.65, "repeat": 0.25, "chats": 0.10}),
+    Phase(1150, 640, 6, {"book": 0.34, "repeat": 0.10, "quotes": 0.08, "facts": 0.13, "chats": 0.35}),
+    Phase(90, 2048, 2, {"book": 0.2, "facts": 0.1, "chats": 0.2, "long_chat": 0.5}),
+    Phase(30, 4096, 1, {"book": 0.2, "long_chat": 0.8}),
+)
+PEAK_RATE = 2.5e-3
+WARM_UP = 60
+DECAY_FROM = 0.55
+"""Share of the run after which the rate falls to a twentieth."""
+
+
+def train_tokenizer(books: str) -> Tokenizer:
+    """Byte-level BPE: every text can be written, digits stand alone so that numbers can be copied."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(books.split("\n\n"), trainer)
+    return tokenizer
+
+
+def new_model() -> Decoder:
+    """The decoder with small random weights."""
+    model = Decoder(parse_config(CONFIG))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            # Projections back into the stream start smaller, so that depth does not blow it up.
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(parameter, std=0.02 / (12**0.5 if deep else 1.0))
+    return model
+
+
+def batches(samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, int64 [batch, length], step after step."""
+    for phase in phases:
+        kinds, shares = zip(*phase.mix.items(), strict=True)
+        for _ in range(phase.steps):
+            rows: list[Row] = [
+                getattr(samples, kinds[kind])(phase.length)
+                for kind in rng.choice(len(kinds), size=phase.batch, p=shares)
+            ]
+            inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            yield inputs, targets
+
+
+def rate(step: int, total: int) -> float:
+    """Warm up, hold, then fall in a line."""
+    if step < WARM_UP:
+        return PEAK_RATE * (step + 1) / WARM_UP
+    left = (total - step) / (total * (1 - DECAY_FROM))
+    return PEAK_RATE * max(0.05, min(1.0, left))
+
+
+def train(model: Decoder, steps: Iterator[tuple[Tensor, Tensor]], total: int) -> None:
+    """AdamW with bfloat16 autocast; prints the running loss."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    began, mean = time.monotonic(), 0.0
+    for step, (inputs, targets) in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, total)
+        loss = loss_of(model, inputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = 0.95 * mean + 0.05 * loss.item() if step else loss.item()
+        if step % 25 == 0 or step == total - 1:
+            print(f"step {step}/{total} loss {mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+
+
+def loss_of(model: Decoder, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the targets that are to be learned."""
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.logits(model(inputs, positions))
+    return functional.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def save(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the Hugging Face layout."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {f"model.{name}": tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    _write(out / "config.json", CONFIG)
+    _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    _write(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": SPECIAL_TOKENS[0],
+            "bos_token": SPECIAL_TOKENS[1],
+            "eos_token": SPECIAL_TOKENS[2],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """Train everything from the books and write it out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng = np.random.default_rng(args.seed)
+    books = read_books(data_dir())
+    tokenizer = train_tokenizer(books)
+    # Special tokens get the first ids, in their order; the padding token is never learned.
+    specials = Specials(*range(1, 6))
+    samples = Samples(books, tokenizer, specials, rng)
+    model = new_model()
+    train(model, batches(samples, rng, PHASES), sum(phase.steps for phase in PHASES))
+    save(model, tokenizer, args.out)
+    print(f"wrote {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
