@@ -104,7 +104,7 @@ def stats(directory: Path) -> LogStats:
 
 
 def purge(directory: Path, filter: Filter, *, dry_run: bool = False) -> list[int]:
-    """Delete what a filter means; returns the ids. Raises StoreLocked beside a running gateway, unless it is a dry run."""
+    """Delete what a filter means; returns the ids. Raises StoreLocked beside a gateway, unless it is a dry run."""
     if dry_run:
         with reading(directory) as log:
             return log.select(filter)
@@ -190,7 +190,21 @@ def _from_json(line: Any) -> Document:
         raise ValueError("a time or the cost is not finite")
     raw = texts.pop("body")
     body = base64.b64decode(raw, validate=True) if line.get("binary") else raw.encode()
-    return Document(key=key, scope=scope, body=body, vector=_vector(line["vector"]), **texts, **numbers)
+    return Document(
+        key=key,
+        scope=scope,
+        namespace=texts["namespace"],
+        category=texts["category"],
+        model=texts["model"],
+        endpoint=texts["endpoint"],
+        upstream=texts["upstream"],
+        text=texts["text"],
+        body=body,
+        created=numbers["created"],
+        expires=numbers["expires"],
+        cost=numbers["cost"],
+        vector=_vector(line["vector"]),
+    )
 
 
 def _text(line: dict[str, Any], name: str) -> str:

@@ -447,6 +447,11 @@ class Store:
             async with self._turn:
                 await self._write_group()
 
+    @property
+    def pouring(self) -> bool:
+        """Whether vectors of large scopes are still searched flat and on their way into graphs."""
+        return self._view.index.unsettled
+
     async def _pour_loop(self) -> None:
         """Keep large scopes in graphs, in small steps in a thread of their own."""
         index = self._view.index

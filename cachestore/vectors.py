@@ -167,6 +167,14 @@ class VectorIndex:
                 found.append((slot, similarity))
         return found
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether there is anything to pour or to retire."""
+        return any(
+            area.overflows or any(graph.sparse or graph.leaving is not None for graph in area.graphs)
+            for area in self._large.values()
+        )
+
     # Pouring, in short steps that the store's background task drives: one at a time
 
     def retire_some(self) -> bool:
