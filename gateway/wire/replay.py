@@ -71,9 +71,11 @@ def _fragments(logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
     if logprobs is None:
         return []
     longest = max((len(value) for value in logprobs.values() if isinstance(value, list)), default=0)
-    first = {name: value[:_TOKENS] if isinstance(value, list) else value for name, value in logprobs.items()}
-    rest = [
-        {name: value[at : at + _TOKENS] for name, value in logprobs.items() if isinstance(value, list) and value[at:]}
-        for at in range(_TOKENS, longest, _TOKENS)
+    return [
+        {
+            name: value[at : at + _TOKENS] if isinstance(value, list) else value
+            for name, value in logprobs.items()
+            if at == 0 or value is None or isinstance(value, list)
+        }
+        for at in range(0, max(longest, 1), _TOKENS)
     ]
-    return [first, *rest]

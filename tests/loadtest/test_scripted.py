@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import base64
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import orjson
 import pytest
 
 from gateway.wire.endpoints import WIRES
 from gateway.wire.sse import SseParser
-from loadtest.scripted import CREATED, Pace, answer_text, respond, vector
+from loadtest.scripted import CREATED, Pace, ScriptedBackend, answer_text, respond, vector
 from policies.reasons import NotStored
 
 PACE = Pace(tokens=5)
@@ -99,3 +104,54 @@ def test_nonsense_gets_an_error_of_the_right_shape(path: str, body: bytes, statu
     answer = respond(path, body, PACE)
     assert answer.status == status
     assert set(orjson.loads(answer.parts[0])["error"]) == {"message", "type", "param", "code"}
+
+
+async def served(backend: ScriptedBackend, path: str, *body: bytes) -> list[MutableMapping[str, Any]]:
+    """Give what the application sends when the request's body comes in these parts."""
+    asked = iter([{"type": "http.request", "body": part, "more_body": part is not body[-1]} for part in body])
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        return next(asked)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await backend({"type": "http", "path": path}, receive, send)
+    return sent
+
+
+async def test_the_application_reads_a_body_in_parts_and_tells_its_length() -> None:
+    body = orjson.dumps(CHAT)
+    start, answer = await served(ScriptedBackend(PACE), "/v1/chat/completions", body[:9], body[9:])
+    assert start["status"] == 200
+    assert dict(start["headers"])[b"content-length"] == b"%d" % len(answer["body"])
+    assert answer["body"] == respond("/v1/chat/completions", body, PACE).parts[0]
+
+
+async def test_the_application_paces_a_stream_event_by_event() -> None:
+    body = orjson.dumps(CHAT | {"stream": True})
+    parts = respond("/v1/chat/completions", body, PACE).parts
+    at_once = await served(ScriptedBackend(PACE), "/v1/chat/completions", body)
+    assert [message["body"] for message in at_once[1:]] == [b"".join(parts)]
+    pace = Pace(tokens=5, latency=1e-4, interval=1e-4)
+    paced = await served(ScriptedBackend(pace), "/v1/chat/completions", body)
+    assert [message["body"] for message in paced[1:]] == [*parts, b""]
+
+
+async def test_the_command_serves_on_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "loadtest.scripted", "--uds", str(path))
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
+            while True:
+                try:
+                    response = await session.post("http://local/v1/chat/completions", json=CHAT)
+                    break
+                except aiohttp.ClientConnectorError:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.05)
+            assert (await response.json())["choices"][0]["message"]["content"] == answer_text("m", "what?")
+    finally:
+        process.terminate()
+        await process.wait()

@@ -90,6 +90,7 @@ def test_a_replay_keeps_the_log_probabilities_beside_their_tokens() -> None:
     beside = [choice for choice in choices if choice["logprobs"]]
     assert len(beside) == 3
     for choice in beside:
+        assert choice["logprobs"].keys() == {"content", "refusal"}
         assert choice["delta"]["content"] == "".join(token["token"] for token in choice["logprobs"]["content"])
 
 
