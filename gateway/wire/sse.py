@@ -6,7 +6,6 @@ Every streamed token passes here, so the parser works with whole-buffer searches
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 DONE = b"[DONE]"
@@ -16,10 +15,7 @@ MAX_EVENT = 16 * 1024 * 1024
 """Bytes one event may have unless the caller says otherwise."""
 
 _BOM = b"\xef\xbb\xbf"
-# Possessive, so that a lone CRLF is never read as a CR and an LF, which would be a blank line.
-_EOL = re.compile(rb"\r\n?+|\n")
-_BLANK = re.compile(rb"(?:\r\n?+|\n){2}")
-_LONGEST_BLANK = 4
+_EOLS = (b"\n", b"\r")
 
 
 class EventTooLarge(Exception):
@@ -72,15 +68,12 @@ class SseParser:
         known = len(self._rest)
         self._rest += chunk
         # Only the new bytes are searched: an event of megabytes costs its length once, not once per packet.
-        if _BLANK.search(self._rest, max(0, known - _LONGEST_BLANK + 1)) is None and not self._starts_blank(self._rest):
+        if self._end(self._rest, 0, known) < 0:
             self._check_size(len(self._rest))
             return []
         buffer = bytes(self._rest)
         self._rest.clear()
         return self._cut(buffer, known)
-
-    def _starts_blank(self, buffer: bytearray) -> bool:
-        return self._at_start and buffer.startswith(_BOM) and _EOL.match(buffer, len(_BOM)) is not None
 
     def _cut(self, buffer: bytes, known: int) -> list[Event]:
         """Cut a buffer into events and keep what is left; no blank line ends within the first `known` bytes."""
@@ -105,18 +98,19 @@ class SseParser:
         self._rest += buffer[at:]
         return events
 
-    def _end(self, buffer: bytes, at: int, known: int) -> int:
+    def _end(self, buffer: bytes | bytearray, at: int, known: int) -> int:
         """Give the offset just behind the event that starts at `at`, or -1."""
         start = at + len(_BOM) if self._at_start and buffer.startswith(_BOM, at) else at
-        blank = _EOL.match(buffer, start) or _BLANK.search(buffer, max(start, known - _LONGEST_BLANK + 1))
-        return -1 if blank is None else blank.end()
+        if buffer.startswith(_EOLS, start):
+            return _past_eol(buffer, start)
+        return _past_blank(buffer, max(start, known - 1))
 
     def _parse(self, raw: bytes) -> Event:
         self._check_size(len(raw))
         text = raw.removeprefix(_BOM) if self._at_start else raw
         self._at_start = False
         kind, data = b"", []
-        for line in _EOL.split(text):
+        for line in _lines(text):
             name, _, value = line.partition(b":")
             if name == b"data":
                 data.append(value.removeprefix(b" "))
@@ -129,9 +123,36 @@ class SseParser:
             raise EventTooLarge(f"an event of more than {self._max_event} bytes")
 
 
+def _lines(text: bytes) -> list[bytes]:
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return text.split(b"\n")
+
+
+def _past_eol(buffer: bytes | bytearray, at: int) -> int:
+    return at + (2 if buffer.startswith(b"\r\n", at) else 1)
+
+
+def _past_blank(buffer: bytes | bytearray, at: int) -> int:
+    """Give the offset behind the first blank line from `at` on, or -1.
+
+    A blank line is the second of two line ends, and so begins with LF LF, LF CR or CR CR.
+    """
+    while True:
+        lf = buffer.find(b"\n", at)
+        cr = buffer.find(b"\r\r", at, len(buffer) if lf < 0 else lf)
+        if cr >= 0:
+            return _past_eol(buffer, cr + 1)
+        if lf < 0:
+            return -1
+        if buffer.startswith(_EOLS, lf + 1):
+            return _past_eol(buffer, lf + 1)
+        at = lf + 1
+
+
 def encode(data: bytes, event: str | None = None) -> bytes:
     """Write one event; data of several lines becomes several `data:` lines."""
     head = b"" if event is None else b"event: %b\n" % event.encode()
     if b"\n" in data or b"\r" in data:
-        data = b"\ndata: ".join(_EOL.split(data))
+        data = b"\ndata: ".join(_lines(data))
     return b"%bdata: %b\n\n" % (head, data)
