@@ -14,7 +14,7 @@ from policies.reasons import NotStored
 from tests.gateway.wire import answers
 
 WIRE = ChatWire()
-DEEP = b'{"a":' * 600 + b"1" + b"}" * 600
+DEEP = b'{"a":' * 1000 + b"1" + b"}" * 1000
 USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 
 
