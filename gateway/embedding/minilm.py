@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from gateway.embedding import EmbedderError, Embedding
 
 DIM = 384
+GRAPH_VERSION = 1
+"""Raised with every change of `build.py` or of this file that changes a vector."""
 WINDOW = 256
 """Tokens, the two markers included: the length the model was trained with."""
 MAX_CHARS = 16 * WINDOW
