@@ -67,6 +67,7 @@ class Filter:
 
     category: str | None = None
     namespace: str | None = None
+    """A tenant's namespace, with those inside it (`acme` means `acme/team-a` too)."""
     model: str | None = None
     contains: str | None = None
     """Part of the compared text or of the answer, case-insensitive."""

@@ -104,7 +104,7 @@ async def open_embedder(settings: Settings, table: CategoryTable) -> Embedder | 
     if isinstance(chosen, NoEmbedder) or not table.compares:
         return None
     if isinstance(chosen, LocalEmbedderSettings):
-        return await LocalEmbedder.open(settings.data_dir / "cache", threads=chosen.threads)
+        return await LocalEmbedder.open(settings.data_dir, threads=chosen.threads)
     assert isinstance(chosen, OpenaiEmbedder)
     key = secret(chosen.api_key_env, key="cache.embedder.api_key_env")
     return await RemoteEmbedder.open(chosen.url, chosen.model, api_key=key, timeout=chosen.timeout)
@@ -129,7 +129,7 @@ def semantic_room(embedder: Embedder | None, store: Store, table: CategoryTable)
     if embedder is None:
         return None
     head = CategoryHead.load()
-    if not head.fits(embedder.identity, embedder.dim):
+    if not head.fits(embedder.identity):
         log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
         return SemanticRoom(embedder, None, store, ThresholdJudge(), table)
     return SemanticRoom(embedder, head, store, ThresholdJudge(), table)
@@ -161,14 +161,15 @@ def _routes(
     health: HealthDoor,
     admin: AdminDoor,
 ) -> list[Route]:
+    untouched = PassThroughDoor(router, tenants)
     cached = {
-        f"/v1{path}": CachedDoor(endpoint, path, pipeline, tenants, settings.server.max_body)
+        f"/v1{path}": CachedDoor(endpoint, path, pipeline, tenants, untouched, settings.server.max_body)
         for path, endpoint in _CACHED.items()
     }
     doors: dict[str, Door] = {
         **cached,
         "/v1/models": ModelsDoor(router, tenants),
-        "/v1/{path:path}": PassThroughDoor(router, tenants),
+        "/v1/{path:path}": untouched,
         "/healthz": health,
         "/readyz": health,
         "/metrics": MetricsDoor(metrics),

@@ -57,7 +57,7 @@ class Call:
     @property
     def stream(self) -> bool:
         """Whether the client wants events."""
-        return self.body.get("stream") is True
+        return self.body.get("stream") is True and self.endpoint != "embeddings"
 
     @property
     def include_usage(self) -> bool:

@@ -123,12 +123,15 @@ class Inbox:
 class CachedDoor:
     """A path that the cache answers."""
 
-    def __init__(self, endpoint: str, path: str, pipeline: Pipeline, tenants: Tenants, max_body: int) -> None:
-        """`path` is what follows the version; `max_body` is in bytes."""
+    def __init__(
+        self, endpoint: str, path: str, pipeline: Pipeline, tenants: Tenants, unread: Door, max_body: int
+    ) -> None:
+        """`path` is what follows the version; `unread` takes bodies that cannot be read; `max_body` is in bytes."""
         self._endpoint = endpoint
         self._path = path
         self._pipeline = pipeline
         self._tenants = tenants
+        self._unread = unread
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
@@ -136,6 +139,9 @@ class CachedDoor:
         if scope["method"] != "POST":
             raise MethodError(f"{scope['method']} is not allowed here; use POST")
         headers = request_headers(scope)
+        if headers.get("content-encoding", "identity") != "identity":
+            await self._unread(scope, receive, respond)
+            return
         inbox = Inbox(receive)
         raw = await inbox.read(headers, self._max_body)
         call = self._call(scope, headers, raw, respond.request_id)

@@ -133,7 +133,7 @@ class Pipeline:
         pool = self._router.pool(call.model)
         decided = self._decided(call)
         where = origin(call, pool[0].name, headers)
-        bypass = _bypass(call, decided, headers)
+        bypass = _bypass(call, decided)
         key, fields = (b"", {}) if bypass is not None else exact_key(where, call.body)
         return Plan(call, pool, decided, bypass, where, key, fields)
 
@@ -467,15 +467,13 @@ class Pipeline:
             await respond.piece(b"", last=True)
 
 
-def _bypass(call: Call, decided: CategoryPolicy | None, headers: dict[str, str]) -> Bypass | None:
+def _bypass(call: Call, decided: CategoryPolicy | None) -> Bypass | None:
     if call.controls.no_store:
         return Bypass.NO_STORE
     if call.controls.mode is Mode.OFF or (decided is not None and decided.mode is Mode.OFF):
         return Bypass.MODE_OFF
     if call.stateful:
         return Bypass.STATEFUL
-    if headers.get("content-encoding", "identity") != "identity":
-        return Bypass.ENCODED
     return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from gateway.app import open_gateway
 from gateway.settings import Server, Settings
@@ -35,23 +36,28 @@ def run(settings: Settings) -> None:
 async def _serve(settings: Settings) -> None:
     listener = _bind(settings.server)
     async with open_gateway(settings) as gateway:
-        config = uvicorn.Config(
-            gateway.app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE,
-        )
+        config = server_config(gateway.app)
         ready = f"hitpath ready {_address(settings.server, listener)} models={','.join(gateway.models)}"
         # What was made at start stays: the collector need not walk it again and again.
         gc.collect()
         gc.freeze()
         await _ReadyServer(config, ready).serve(sockets=[listener])
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    """Return how uvicorn serves a gateway: no header of its own, no log of every request."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE,
+    )
 
 
 class _ReadyServer(uvicorn.Server):

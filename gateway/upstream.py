@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -20,6 +21,7 @@ from gateway.errors import (
     BackendBrokenError,
     BackendTimeoutError,
     BackendUnreachableError,
+    BadRequestError,
     UnknownModelError,
 )
 from gateway.settings import Timeouts, Upstream, secret
@@ -43,6 +45,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"expect"}
 _COOL_DOWN = 2.0
 """Seconds for which a backend that refused a connection is asked last."""
+_LARGE_BODY = 2**20
 _MAX_CONNECTIONS = 4096
 _KEEP_ALIVE = 4.0
 """Seconds an idle connection is kept: less than the five after which uvicorn, and so most backends, hang up."""
@@ -163,7 +166,7 @@ class Backend:
             ask.method,
             URL(f"{self.url}{ask.path}{query}", encoded=True),
             headers=self._forwarded(ask.headers),
-            data=ask.body,
+            data=_payload(ask.body),
             allow_redirects=False,
         )
 
@@ -215,8 +218,12 @@ class Router:
         return pool
 
     def named(self, name: str) -> tuple[Backend, ...]:
-        """Return the backend of that name, alone; none if there is no such one."""
-        return tuple(backend for backend in self.backends if backend.name == name)
+        """Return the backend of that name, alone. Raises BadRequestError with the known names."""
+        named = tuple(backend for backend in self.backends if backend.name == name)
+        if not named:
+            known = ", ".join(backend.name for backend in self.backends)
+            raise BadRequestError(f"{name!r} is no upstream; known are {known}", param="x-hitpath-upstream")
+        return named
 
     @asynccontextmanager
     async def send(self, pool: Sequence[Backend], ask: Ask) -> AsyncIterator[tuple[Backend, Reply]]:
@@ -259,6 +266,11 @@ def open_backend(upstream: Upstream, *, uds: Path | None, hides_client_key: bool
         hides_client_key=hides_client_key,
         uds=uds if bundled else None,
     )
+
+
+def _payload(body: bytes | AsyncIterator[bytes] | None) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
+    """Give a large body as a file, which is sent piece by piece: as bytes it would hold up the event loop."""
+    return io.BytesIO(body) if isinstance(body, bytes) and len(body) > _LARGE_BODY else body
 
 
 def _end_to_end(headers: Sequence[tuple[bytes, bytes]]) -> Headers:

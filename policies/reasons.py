@@ -31,7 +31,6 @@ class Bypass(StrEnum):
     MODE_OFF = "mode-off"
     NO_STORE = "no-store"
     STATEFUL = "stateful"
-    ENCODED = "encoded-body"
 
 
 class NotStored(StrEnum):
