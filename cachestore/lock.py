@@ -6,17 +6,19 @@ import fcntl
 import os
 from pathlib import Path
 
-from cachestore.errors import StoreLocked
+from cachestore.errors import StoreError, StoreLocked
 
 
 class DirectoryLock:
     """An exclusive lock on a data directory, given back by `release` or by the process's end, however it ends."""
 
     def __init__(self, directory: Path) -> None:
-        """Take the lock or raise StoreLocked, which names the process that holds it."""
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "lock"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Take the lock. Raises StoreLocked, which names the process that holds it, or StoreError."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(f"the data directory {directory} cannot be used: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

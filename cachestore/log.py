@@ -27,7 +27,6 @@ logger = logging.getLogger("hitpath.store")
 T = TypeVar("T")
 FILE = "log.sqlite3"
 _PAGE_SIZE = 8192
-_WAL_PAGES = 512
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _UNWRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
@@ -89,13 +88,17 @@ class Summary:
 class Log:
     """One log file: a writer's connection and one for each reading thread."""
 
-    def __init__(self, directory: Path, *, max_bytes: int | None = None, readonly: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, wal_bytes: int = 4 << 20, max_bytes: int | None = None, readonly: bool = False
+    ) -> None:
         """Open, migrate and check. Raises NotOurLog, NewerLog, LogFull; LogDamaged only when opened for reading.
 
-        `max_bytes` makes SQLite itself refuse to grow beyond it, as a full disk would.
+        The write-ahead log beside the file is folded back when it reaches `wal_bytes`. `max_bytes` makes SQLite itself
+        refuse to grow beyond it, as a full disk would.
         """
         self.path = directory / FILE
         self._max_pages = max_bytes // _PAGE_SIZE if max_bytes else None
+        self._wal_bytes = wal_bytes
         self._readonly = readonly
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
@@ -124,8 +127,8 @@ class Log:
                 check_format(connection, self.path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
-            connection.execute(f"PRAGMA journal_size_limit = {2 * _WAL_PAGES * _PAGE_SIZE}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {max(1, self._wal_bytes // _PAGE_SIZE)}")
+            connection.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}")
             if self._max_pages is not None:
                 connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
             migrate(connection, self.path)
@@ -145,6 +148,10 @@ class Log:
         """This thread's connection; a new one when the file was replaced."""
         if getattr(self._local, "generation", None) != self._generation:
             with self._lock:
+                # Each thread closes its own: closing a connection that another thread is using is not safe.
+                if old := getattr(self._local, "connection", None):
+                    self._readers.remove(old)
+                    old.close()
                 connection = self._connect()
                 connection.create_function("holds", 4, _holds, deterministic=True)
                 self._readers.append(connection)
@@ -159,19 +166,21 @@ class Log:
         return self._writer
 
     def close(self) -> None:
-        """Close every connection; the writer's folds the WAL back into the file."""
+        """Close every connection, once no thread reads any more; the last folds the WAL back into the file."""
         with self._lock:
-            self._generation += 1
             for connection in self._readers:
                 connection.close()
             self._readers.clear()
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+        self._close_writer()
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def begin_anew(self) -> Path:
         """Move a broken file aside and begin an empty one; returns where it went. For the writer's thread."""
-        self.close()
+        self._close_writer()
         aside = self.path.with_name(
             f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6:06d}"
         )
@@ -180,6 +189,7 @@ class Log:
             if part.exists():
                 part.rename(aside.with_name(aside.name + suffix))
         logger.error("%s is damaged: moved to %s, beginning an empty log", self.path, aside)
+        self._generation += 1
         self.moved_aside.append(aside)
         with _translated():
             self._open()
@@ -395,10 +405,14 @@ def _delete(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
 
 def _where(filter: Filter) -> tuple[str, list[str | int]]:
     terms, arguments = ["1"], list[str | int]()
-    for column in ("category", "namespace", "model"):
+    for column in ("category", "model"):
         if (value := getattr(filter, column)) is not None:
             terms.append(f"{column} = ?")
             arguments.append(value)
+    if filter.namespace is not None:
+        inside = f"{filter.namespace}/"
+        terms.append("(namespace = ? OR substr(namespace, 1, ?) = ?)")
+        arguments += [filter.namespace, len(inside), inside]
     if filter.ids:
         # Integers only, so they may stand in the statement; a list of placeholders would be limited in length.
         terms.append(f"id IN ({','.join(str(int(id_)) for id_ in filter.ids)})")

@@ -31,6 +31,21 @@ class StoreOptions:
     max_file: int | None = None
     """Bytes at which the log's file refuses to grow, as a full disk would."""
 
+    @property
+    def wal_bytes(self) -> int:
+        """At which size the write-ahead log is folded into the file: a small part of the disk budget."""
+        return min(4 << 20, self.disk_budget // 32)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of answers in one transaction, about; it makes the write-ahead log longer by as much."""
+        return min(32 << 20, self.disk_budget // 32)
+
+    @property
+    def pages_budget(self) -> int:
+        """Bytes for the log's own file; the rest of the disk budget is for the write-ahead log."""
+        return self.disk_budget - 4 * self.wal_bytes
+
     def __post_init__(self) -> None:
         for name in ("memory_budget", "disk_budget", "max_body", "max_waiting"):
             if getattr(self, name) <= 0:

@@ -36,7 +36,6 @@ _CHUNK = 256
 """Rows handled between two turns of the event loop while loading or sweeping: about a millisecond."""
 _GROUP = 256
 """Documents in one transaction at most."""
-_GROUP_BYTES = 32 << 20
 _SWEEP_EVERY = 1.0
 _NOTE_HITS_EVERY = 30.0
 
@@ -120,8 +119,12 @@ class Store:
         self._spawn(self._pour_loop())
 
     def _open_log(self) -> tuple[Log, int, int]:
-        log = Log(self.directory, max_bytes=self.options.max_file)
-        return log, log.last_id(), log.used_bytes()
+        log = Log(self.directory, wal_bytes=self.options.wal_bytes, max_bytes=self.options.max_file)
+        try:
+            return log, log.last_id(), log.used_bytes()
+        except LogDamaged:
+            log.begin_anew()
+            return log, 0, log.used_bytes()
 
     # Lookups
 
@@ -257,7 +260,7 @@ class Store:
     def _next_group(self) -> list[_Waiting]:
         group: list[_Waiting] = []
         size = 0
-        while self._queue and len(group) < _GROUP and size < _GROUP_BYTES:
+        while self._queue and len(group) < _GROUP and size < self.options.group_bytes:
             waiting = self._queue.popleft()
             size += len(waiting.document.body)
             group.append(waiting)
@@ -561,10 +564,14 @@ class Store:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._in(self._writer, self._log.close)
-        for executor in (self._readers, self._indexer, self._writer):
-            executor.shutdown()
+        await self._in(self._writer, self._stop_threads)
+        self._writer.shutdown()
         self._lock.release()
+
+    def _stop_threads(self) -> None:
+        self._readers.shutdown()
+        self._indexer.shutdown()
+        self._log.close()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)

@@ -25,7 +25,6 @@ logger = logging.getLogger("hitpath.store")
 
 _BATCH_SHARE = 128
 """An eviction frees at least this part of its budget, so that a full store does not evict at every put."""
-_WAL_RESERVE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class View:
         self.hot = HotBodies()
         self.charged: Counter[str] = Counter()
         self._touched: list[bytes] = []
-        self._disk_limit = options.disk_budget - min(_WAL_RESERVE, options.disk_budget // 4)
+        self._disk_limit = options.pages_budget
         self._disk_used = 0
         self._planned_memory = 0
         self._planned_disk = 0
