@@ -143,8 +143,10 @@ class Pipeline:
             return None
         started = time.perf_counter()
         hit = self._store.hot(plan.key)
+        if hit is None or self._objection(hit, plan) is not None:
+            return None
         plan.timing.add("exact", time.perf_counter() - started)
-        return hit if hit is not None and self._objection(hit, plan) is None else None
+        return hit
 
     async def answer_hit(self, plan: Plan, hit: Hit, respond: Responder, *, detail: str = "exact") -> None:
         """Serve a stored answer in the form that the client asked for."""
