@@ -39,7 +39,14 @@ class RemoteEmbedder:
         self.identity = ""
 
     @classmethod
-    async def open(cls, url: str, model: str, *, api_key: str | None = None, timeout: float = 5.0) -> RemoteEmbedder:
+    async def open(
+        cls,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 5.0,  # noqa: ASYNC109 - the limit of every later request, not of this call
+    ) -> RemoteEmbedder:
         """Ask for one vector to learn its dimension; `url` ends before `/embeddings`. Raises EmbedderError."""
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         session = aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=timeout))

@@ -1,7 +1,7 @@
 """Train the category head: `python -m loadtest.training.categories [--cache DIR]`.
 
-Writes `policies/category_head.npz` and its card. The figures in the card are of a head that never saw the held-out part;
-the head that ships is then fitted in the same way to all rows.
+Writes `policies/category_head.npz` and its card. The figures in the card are of a head that never saw the held-out
+part; the head that ships is then fitted in the same way to all rows.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def split(categories: Sequence[str], cluster: Sequence[int], seed: int) -> NDArr
     for row, number in enumerate(cluster):
         members[number].append(row)
     order = list(members.values())
-    np.random.default_rng(seed).shuffle(order)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(order)
     wanted = {category: HELD_OUT * count for category, count in Counter(categories).items()}
     held = np.zeros(len(categories), np.bool_)
     for rows in order:
@@ -103,7 +103,7 @@ def fit(vectors: Floats, answers: Indices, labels: tuple[str, ...], seed: int) -
     wanted = np.full((len(labels), len(labels)), SMOOTHING / len(labels), np.float32)
     np.fill_diagonal(wanted, 1 - SMOOTHING + SMOOTHING / len(labels))
     for rows in _batches(random, len(vectors)):
-        keep = (random.random((len(rows), UNITS), np.float32) >= DROPOUT) / np.float32(1 - DROPOUT)
+        keep = (random.random((len(rows), UNITS)) >= DROPOUT).astype(np.float32) / np.float32(1 - DROPOUT)
         optimiser.step(_gradients(weights, vectors[rows], wanted[answers[rows]], keep))
     return CategoryHead(labels, MODEL_NAME, *weights)
 
@@ -182,7 +182,8 @@ def card(rows: Sequence[Row], held: NDArray[np.bool_], shares: Floats, labels: S
         "",
         f"- Shape: {shares.shape[1]} labels, one hidden layer of {UNITS} units with ReLU, float16 weights.",
         f"- Embedder: {MODEL_NAME} as Hitpath quantises it; it fits no other embedder.",
-        f"- Training: `python -m loadtest.training.categories`, seed {SEED}, {len(rows)} prompts. Weights only; no text ships.",
+        f"- Training: `python -m loadtest.training.categories`, seed {SEED}, {len(rows)} prompts."
+        " Weights only; no text ships.",
         f"- Held out: {len(tested)} prompts, {HELD_OUT:.0%} of every category; rows of cosine > {NEAR_DUPLICATE} "
         "stay on one side.",
         "  The figures are of a head that did not see them; the shipped head is fitted in the same way to all rows.",
