@@ -15,6 +15,7 @@ import yaml
 from cachestore.errors import StoreError
 from gateway import cache_cli
 from gateway.embedding import EmbedderError
+from gateway.errors import CannotListenError
 from gateway.settings import Settings, SettingsError, load, validate
 from gateway.supervise import EngineFailedError
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except SettingsError as error:
         return _fail(error, 2)
-    except (StoreError, EmbedderError, EngineFailedError, OSError) as error:
+    except (StoreError, EmbedderError, EngineFailedError, CannotListenError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
@@ -104,6 +105,7 @@ def _upstream(url: str) -> dict[str, str]:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Only here: the other commands need neither the server nor the embedder's libraries.
     from gateway.server import configure_logging, run
 
     settings = effective_settings(options)

@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 import orjson
 
 
+class CannotListenError(Exception):
+    """The address cannot be bound: the gateway does not start."""
+
+
 class ApiError(Exception):
     """An error in OpenAI's shape; the subclass fixes status, type and code."""
 

@@ -16,15 +16,12 @@ import uvloop
 from starlette.applications import Starlette
 
 from gateway.app import open_gateway
+from gateway.errors import CannotListenError
 from gateway.settings import Server, Settings
 
 _BACKLOG = 2048
 _GRACE = 10
 """Seconds that running requests get when the gateway is told to end."""
-
-
-class CannotListenError(Exception):
-    """The address cannot be bound."""
 
 
 def run(settings: Settings) -> None:

@@ -42,6 +42,12 @@ class Engine:
         self._keeper: asyncio.Task[None] | None = None
         self.ready = False
 
+    @property
+    def pid(self) -> int:
+        """The running engine's process."""
+        assert self._process is not None
+        return self._process.pid
+
     async def start(self) -> None:
         """Start the engine and return when it listens. Raises EngineFailedError."""
         await self._run()
