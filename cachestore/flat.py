@@ -11,6 +11,10 @@ Found = list[tuple[int, float]]
 """Slots with their cosines."""
 
 
+_GROWTH_MAX = 2048
+"""Rows: new ones must be zeroed and old ones unmapped, and more at once would be felt as a pause."""
+
+
 class FlatArea:
     """Vectors of one scope, contiguous, searched by one product."""
 
@@ -32,7 +36,7 @@ class FlatArea:
     def add(self, slot: int, vector: Vector) -> int:
         """Append; returns the row."""
         if self._count == len(self._slots):
-            self._resize(max(2, self._count * 5 // 4 + 1))
+            self._resize(max(2, self._count + min(self._count // 4 + 1, _GROWTH_MAX)))
         row = self._count
         self._matrix[row] = vector
         self._slots[row] = slot
@@ -47,8 +51,8 @@ class FlatArea:
             self._matrix[row] = self._matrix[last]
             self._slots[row] = self._slots[last]
             moved = int(self._slots[row])
-        if self._count * 5 < len(self._slots) * 3:
-            self._resize(max(2, self._count * 9 // 8))
+        if len(self._slots) - self._count > min(self._count * 2 // 3 + 2, 2 * _GROWTH_MAX):
+            self._resize(self._count + min(self._count // 8 + 2, _GROWTH_MAX))
         return moved
 
     def last(self, count: int) -> tuple[list[int], NDArray[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from sys import getsizeof
 
 from cachestore.entry import Hit
 
@@ -24,7 +25,7 @@ class HotBody:
     @property
     def bytes(self) -> int:
         """What it costs to keep."""
-        return len(self.hit.body) + len(self.hit.text) + HOT_BYTES
+        return len(self.hit.body) + getsizeof(self.hit.text) + HOT_BYTES
 
 
 class HotBodies:

@@ -7,6 +7,7 @@ connection of its own.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import sqlite3
 import threading
@@ -111,8 +112,12 @@ class Log:
                 self._open()
         except LogDamaged:
             if readonly:
+                self.close()
                 raise
             self.begin_anew()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> None:
         if self._readonly:
@@ -184,12 +189,14 @@ class Log:
         aside = self.path.with_name(
             f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6:06d}"
         )
-        for suffix in ("", "-wal", "-shm"):
-            part = self.path.with_name(self.path.name + suffix)
-            if part.exists():
-                part.rename(aside.with_name(aside.name + suffix))
+        with self._lock:
+            # The write-ahead log first: it must never meet a new file of the old name.
+            for suffix in ("-wal", "-shm", ""):
+                part = self.path.with_name(self.path.name + suffix)
+                if part.exists():
+                    part.rename(aside.with_name(aside.name + suffix))
+            self._generation += 1
         logger.error("%s is damaged: moved to %s, beginning an empty log", self.path, aside)
-        self._generation += 1
         self.moved_aside.append(aside)
         with _translated():
             self._open()
@@ -414,8 +421,9 @@ def _where(filter: Filter) -> tuple[str, list[str | int]]:
         terms.append("(namespace = ? OR substr(namespace, 1, ?) = ?)")
         arguments += [filter.namespace, len(inside), inside]
     if filter.ids:
-        # Integers only, so they may stand in the statement; a list of placeholders would be limited in length.
-        terms.append(f"id IN ({','.join(str(int(id_)) for id_ in filter.ids)})")
+        # As one JSON argument: the number of placeholders and the length of a statement are limited.
+        terms.append("id IN (SELECT value FROM json_each(?))")
+        arguments.append(json.dumps(filter.ids))
     if filter.contains is not None:
         terms.append("holds(text, packed, body, ?)")
         arguments.append(filter.contains.casefold())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sqlite3
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from cachestore.lock import DirectoryLock
 from cachestore.log import EntryRow, Loaded, Log, LogFull
 from cachestore.options import StoreOptions, StoreStats
 from cachestore.rows import Row, RowDamaged, encode
+from cachestore.vectors import Pour
 from cachestore.view import Hits, View, footprint
 from policies.eviction import Evictor
 from policies.reasons import NotStored
@@ -32,12 +34,23 @@ from policies.reasons import NotStored
 logger = logging.getLogger("hitpath.store")
 
 T = TypeVar("T")
-_CHUNK = 256
+_CHUNK = 128
 """Rows handled between two turns of the event loop while loading or sweeping: about a millisecond."""
-_GROUP = 256
+_GROUP = 128
 """Documents in one transaction at most."""
 _SWEEP_EVERY = 1.0
 _NOTE_HITS_EVERY = 30.0
+_NOTES_MAX = 10_000
+
+
+def _is_well_formed(document: Document) -> bool:
+    """Whether the log can keep it: what a caller got wrong must not fail the others of its transaction."""
+    return (
+        len(document.key) == 16
+        and len(document.scope) in (0, 16)
+        and all(map(math.isfinite, (document.created, document.expires, document.cost)))
+        and (document.vector is None or document.vector.ndim == 1)
+    )
 
 
 @dataclass(slots=True)
@@ -208,7 +221,8 @@ class Store:
         """Store a complete answer; returns its id once it is committed, or why it is not kept.
 
         An entry of the same key is replaced in the same transaction. If the caller is cancelled, the document is
-        stored whole or not at all.
+        stored whole or not at all. A document with a key that is not 16 bytes long or a time that is not finite is
+        refused as malformed.
         """
         refusal = self._refusal(document)
         if refusal is not None:
@@ -223,6 +237,8 @@ class Store:
             return NotStored.STORE_FAILED
         if len(document.body) > self.options.max_body:
             return NotStored.TOO_LARGE
+        if not _is_well_formed(document):
+            return NotStored.MALFORMED
         if document.expires <= self._clock():
             return NotStored.EXPIRED_AT_ONCE
         if self._off_reason is not None and time.monotonic() < self._off_until:
@@ -361,7 +377,7 @@ class Store:
             except LogDamaged as error:
                 await self._replace_log(error)
                 return []
-            except LogFull as error:
+            except (LogFull, sqlite3.Error) as error:
                 raise StoreError(f"{self._log.path} cannot be written: {error}") from error
             for id_ in ids:
                 self._forget(id_)
@@ -433,7 +449,7 @@ class Store:
             await asyncio.sleep(0)
         if self.loaded.is_set():
             await self._relieve(now)
-        if self._hit_notes and now - self._hits_noted_at >= _NOTE_HITS_EVERY:
+        if now - self._hits_noted_at >= _NOTE_HITS_EVERY or len(self._hit_notes) >= _NOTES_MAX:
             self._hits_noted_at = now
             await self._note_hits()
 
@@ -443,9 +459,7 @@ class Store:
             self._expired += len(slots)
             self._doom([self._view.forget(slot) for slot in slots])
             await asyncio.sleep(0)
-        _, doomed = self._view.relieve(now)
-        self._evicted += len(doomed)
-        self._doom(doomed)
+        self._relieve_at(now)
         if self._deleting:
             async with self._turn:
                 await self._write_group()
@@ -455,21 +469,31 @@ class Store:
         """Whether vectors of large scopes are still searched flat and on their way into graphs."""
         return self._view.index.unsettled
 
+    def _relieve_at(self, now: float) -> None:
+        _, doomed = self._view.relieve(now)
+        self._evicted += len(doomed)
+        self._doom(doomed)
+
     async def _pour_loop(self) -> None:
         """Keep large scopes in graphs, in small steps in a thread of their own."""
-        index = self._view.index
         while True:
             await self._unpoured.wait()
             self._unpoured.clear()
-            while True:
-                retired = index.retire_some()
-                pour = index.next_pour()
-                if pour is not None:
-                    await self._in(self._indexer, pour.run)
-                    index.finish(pour)
-                elif not retired:
-                    break
-                await asyncio.sleep(0)
+            try:
+                await self._pour()
+            except Exception:
+                # What is not in a graph is searched flat: slower, but right. The next commit tries again.
+                logger.exception("a large scope was not indexed")
+
+    async def _pour(self) -> None:
+        index = self._view.index
+        pour: Pour | None = None
+        while index.retire_some() or (pour := index.next_pour()) is not None:
+            if pour is not None:
+                await self._in(self._indexer, pour.run)
+                index.finish(pour)
+                pour = None
+            await asyncio.sleep(0)
 
     async def _sweep_loop(self) -> None:
         while True:
@@ -481,6 +505,8 @@ class Store:
 
     async def _note_hits(self) -> None:
         notes, self._hit_notes = self._hit_notes, []
+        if not notes:
+            return
         async with self._turn:
             try:
                 await self._in(self._writer, lambda: self._log.note_hits([(n.count, n.last, n.id) for n in notes]))
@@ -520,6 +546,7 @@ class Store:
             for row in rows:
                 if row.id not in self._gone and self._view.table.find(row.key) is None:
                     self._view.remember(row, now)
+            self._relieve_at(now)
             self._unpoured.set()
             after = max([row.id for row in rows] + damaged)
 

@@ -75,11 +75,6 @@ class Table:
         self.expires[slot] = 0.0
         self._free.append(slot)
 
-    @property
-    def used(self) -> int:
-        """How many slots were ever in use."""
-        return self._next
-
     def find(self, key: bytes) -> int | None:
         """The slot under a key."""
         return self._by_key.get(key)
@@ -103,6 +98,12 @@ class Table:
     def expired(self, before: float, limit: int) -> list[int]:
         """Up to `limit` slots whose entries expired before a time."""
         slots = np.flatnonzero((self.expires[: self._next] <= before) & (self.id[: self._next] != 0))
+        return [int(slot) for slot in slots[:limit]]
+
+    def outdated(self, now: float, limit: int) -> list[int]:
+        """Up to `limit` slots whose entries expired and whose vectors are still in the index."""
+        used = self._next
+        slots = np.flatnonzero(self.scoped[:used] & (self.expires[:used] <= now) & (self.id[:used] != 0))
         return [int(slot) for slot in slots[:limit]]
 
     def check(self) -> list[str]:

@@ -65,7 +65,11 @@ class View:
         """Take a committed entry in; whatever had its key must have been forgotten. Returns its slot."""
         vector = entry.vector if entry.scope and entry.expires > now else None
         if vector is not None and not (self.index.fits(entry.scope, vector) and np.isfinite(vector).all()):
-            logger.warning("entry %d cannot be compared by meaning: its vector is not one of its scope's", entry.id)
+            logger.warning(
+                "entry %d cannot be compared by meaning: its vector (of %s) is not like those of its scope",
+                entry.id,
+                self._options.embedder,
+            )
             vector = None
         memory = footprint(entry.vector)
         slot = self.table.add(
@@ -95,7 +99,7 @@ class View:
 
     def unindex_expired(self, now: float, limit: int) -> int:
         """Take the vectors of expired entries out of the index; the entries stay for their grace. Returns how many."""
-        slots = [slot for slot in self.table.expired(now, self.table.used) if self.table.scoped[slot]][:limit]
+        slots = self.table.outdated(now, limit)
         for slot in slots:
             self._unindex(slot)
         return len(slots)

@@ -126,6 +126,15 @@ class StoreContract:
     async def test_refusals(self, store: Store, clock: ManualClock) -> None:
         assert await store.put(document("a", body=b"x" * (1 << 20) + b"x")) is NotStored.TOO_LARGE
         assert await store.put(document("a", expires=NOW)) is NotStored.EXPIRED_AT_ONCE
+        malformed: tuple[dict[str, Any], ...] = (
+            {"key": b"short"},
+            {"scope": b"short"},
+            {"expires": float("nan")},
+            {"created": float("inf")},
+            {"vector": np.zeros((2, 16), np.float32)},
+        )
+        for changes in malformed:
+            assert await store.put(document("a", **changes)) is NotStored.MALFORMED
         assert store.stats().entries == 0
 
     async def test_purge_takes_what_the_filter_means_and_nothing_else(self, store: Store) -> None:
