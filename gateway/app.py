@@ -20,7 +20,6 @@ from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
 from gateway.errors import UnknownPathError
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Receive, Scope
-from gateway.memory import default_budget
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
 from gateway.semantic import SemanticRoom
@@ -114,7 +113,7 @@ async def open_store(settings: Settings, table: CategoryTable, embedder: Embedde
     """Open the data directory's store within its budgets."""
     cache = settings.cache
     options = StoreOptions(
-        memory_budget=default_budget() if cache.memory_budget is None else cache.memory_budget,
+        memory_budget=cache.memory(),
         disk_budget=cache.disk_budget,
         stale_grace=cache.stale_grace,
         quotas={name: Quota(policy.quota_min, policy.quota_max) for name, policy in table.policies.items()},

@@ -121,7 +121,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    print(yaml.safe_dump(effective_settings(options).model_dump(mode="json"), sort_keys=False), end="")
+    print(yaml.safe_dump(effective_settings(options).document(), sort_keys=False), end="")
     return 0
 
 

@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from gateway.memory import default_budget
 from policies import units
 from policies.category import CategoryPolicy, CategoryTable, Rule
 from policies.controls import Mode
@@ -37,7 +47,7 @@ CacheMode = Annotated[Mode, BeforeValidator(_yaml_off)]
 Size = Annotated[int, _unit(units.size)]
 Duration = Annotated[float, _unit(units.duration)]
 Share = Annotated[float, _unit(units.share)]
-Rate = Annotated[float, _unit(units.rate)]
+Rate = Annotated[float, _unit(units.rate), PlainSerializer(lambda rate: f"{rate:g}/s")]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
 
@@ -211,6 +221,10 @@ class Cache(_Group):
                 raise ValueError(f"rules.{position}.category: {rule.category!r} is not one of {', '.join(known)}")
         return self
 
+    def memory(self) -> int:
+        """Return the memory budget in bytes."""
+        return default_budget() if self.memory_budget is None else self.memory_budget
+
     def table(self) -> CategoryTable:
         """Return the categories with all their rules."""
         return CategoryTable(
@@ -249,6 +263,26 @@ class Settings(_Group):
     def effective_upstreams(self) -> tuple[Upstream, ...]:
         """Return the backends; none set means the bundled engine with the bundled model."""
         return self.upstreams or (Upstream(name="bundled", kind="bundled"),)
+
+    def document(self) -> dict[str, Any]:
+        """Return what is in force, defaults filled in, in a form that can be read again."""
+        categories = {
+            name: {
+                "mode": str(policy.mode),
+                "threshold": policy.threshold,
+                "ttl": policy.ttl,
+                "quota": {"min": policy.quota_min, "max": policy.quota_max},
+                "error_budget": policy.error_budget,
+                "max_relax": policy.max_relax,
+            }
+            for name, policy in self.cache.table().policies.items()
+        }
+        document = self.model_dump(mode="json", exclude_none=True)
+        document["upstreams"] = [
+            upstream.model_dump(mode="json", exclude_none=True) for upstream in self.effective_upstreams()
+        ]
+        document["cache"] |= {"categories": categories, "memory_budget": self.cache.memory()}
+        return document
 
 
 def load(path: Path | None) -> Settings:

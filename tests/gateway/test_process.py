@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from gateway.supervise import Engine, EngineFailedError
-from tests.fakes import ScriptedUpstream
+from tests.fakes import Normal, ScriptedUpstream
 from tests.gateway.harness import chat_body
 
 COMMAND = [sys.executable, "-P", "-m", "gateway.cli"]
@@ -74,8 +74,6 @@ async def test_ready_serving_and_a_clean_end(upstream: ScriptedUpstream, tmp_pat
 
 
 async def test_sigterm_lets_running_requests_end(upstream: ScriptedUpstream, tmp_path: Path) -> None:
-    from tests.fakes import Normal
-
     gate = asyncio.Event()
     upstream.script(Normal(gate=gate))
     async with served(config_file(tmp_path, upstream)) as (process, url), aiohttp.ClientSession() as session:
@@ -196,16 +194,14 @@ async def test_the_engine_is_started_again_when_it_dies() -> None:
     engine = Engine("local", "bundled", [sys.executable, "-c", FAKE_ENGINE])
     await engine.start()
     try:
-        assert engine.ready
         talked = engine.uds.with_name(engine.uds.name + ".talked")
         while not talked.exists():  # a talkative engine is not blocked by a full pipe
             await asyncio.sleep(0.01)
         first = engine.pid
         os.kill(first, signal.SIGKILL)
-        while engine.ready:
-            await asyncio.sleep(0.01)
-        while not engine.ready:
-            await asyncio.sleep(0.01)
+        for state in (False, True):
+            while engine.ready is not state:
+                await asyncio.sleep(0.01)
         assert engine.pid != first
     finally:
         await engine.stop()
