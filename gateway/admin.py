@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from cachestore import Filter, Store
-from gateway.answers import JSON, Responder
+from gateway.responder import JSON, Responder
 from gateway.errors import AuthenticationError, BadRequestError, MethodError, UnknownPathError
 from gateway.http import Inbox, Receive, Scope, request_headers
 from gateway.metrics import Metrics, stats_document

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from cachestore import Store, StoreOptions
 from gateway.admin import AdminDoor, HealthDoor, MetricsDoor
-from gateway.answers import Responder
+from gateway.responder import Responder
 from gateway.embedding import Embedder
 from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder

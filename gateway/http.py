@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from gateway.answers import JSON, Responder, Send
+from gateway.responder import JSON, Responder, Send
 from gateway.call import Call, parse_body, read_controls, request_id
 from gateway.errors import ApiError, BackendBrokenError, InternalError, MethodError, TooLargeError
 from gateway.metrics import Metrics

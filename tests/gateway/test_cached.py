@@ -10,8 +10,11 @@ import aiohttp
 import orjson
 import pytest
 
-from tests.fakes import Hang, Normal, ScriptedUpstream, error_reply, json_reply, refused_url, stream_reply
+from tests.fakes import Hang, Normal, Reply, ScriptedUpstream, error_reply, json_reply, refused_url, stream_reply
 from tests.gateway.harness import Client, chat_body, serving, settings_for
+
+
+JSON = {"content-type": "application/json"}
 
 
 def chunk(content: str | None = None, finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -281,6 +284,21 @@ async def test_followers_stream_from_the_first_byte(client: Client, upstream: Sc
         gate.set()
         assert await leader.read() == await follower.read()
     assert len(upstream.exchanges) == 1
+
+
+async def test_a_streaming_follower_of_a_whole_answer_gets_events_even_if_it_is_truncated(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
+    gate = asyncio.Event()
+    upstream.script(Reply((orjson.dumps(completion(finish="length")),), 200, JSON, gate=gate))
+    leader = asyncio.create_task(client.chat("hello"))
+    await upstream.arrival()
+    follower = asyncio.create_task(client.chat("hello", stream=True))
+    await asyncio.sleep(0.05)
+    gate.set()
+    assert (await leader).json()["choices"][0]["finish_reason"] == "length"
+    events = (await follower).events()
+    assert [choice["finish_reason"] for event in events for choice in event["choices"]][-1] == "length"
 
 
 async def test_a_leader_that_hangs_up_does_not_cut_off_its_followers(
