@@ -82,26 +82,51 @@ _SLAB_ROWS = 256
 
 
 class Slabs:
-    """One vector each for scopes of a single entry: rows of shared slabs, used again when freed."""
+    """One vector each for scopes of a single entry: rows of shared slabs, used again when freed.
+
+    A slab of which every row is free is given back.
+    """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._slabs: list[NDArray[np.float32]] = []
-        self._free: list[int] = []
+        self._free: list[list[int]] = []
+        """By slab: its free rows, numbered across all slabs."""
+        self._open: dict[int, None] = {}
+        """Slabs with a free row; a dict, so that the order is always the same."""
 
     def add(self, vector: Vector) -> int:
         """Keep a vector; returns its row."""
-        if not self._free:
-            first = len(self._slabs) * _SLAB_ROWS
-            self._slabs.append(np.empty((_SLAB_ROWS, self.dim), np.float32))
-            self._free = list(range(first + _SLAB_ROWS - 1, first - 1, -1))
-        row = self._free.pop()
+        slab = next(iter(self._open)) if self._open else self._begin(len(self._slabs))
+        if not len(self._slabs[slab]):
+            self._begin(slab)
+        row = self._free[slab].pop()
+        if not self._free[slab]:
+            del self._open[slab]
         self.row(row)[:] = vector
         return row
 
+    def _begin(self, slab: int) -> int:
+        """Give a slab its rows."""
+        if slab == len(self._slabs):
+            self._slabs.append(np.empty((0, self.dim), np.float32))
+            self._free.append([])
+            self._open[slab] = None
+        self._slabs[slab] = np.empty((_SLAB_ROWS, self.dim), np.float32)
+        self._free[slab] = list(range((slab + 1) * _SLAB_ROWS - 1, slab * _SLAB_ROWS - 1, -1))
+        return slab
+
     def remove(self, row: int) -> None:
         """Free a row."""
-        self._free.append(row)
+        slab = row // _SLAB_ROWS
+        self._free[slab].append(row)
+        self._open[slab] = None
+        if len(self._free[slab]) == _SLAB_ROWS:
+            self._slabs[slab] = np.empty((0, self.dim), np.float32)
+
+    def held(self) -> int:
+        """Rows that take up memory, free ones among them."""
+        return sum(map(len, self._slabs))
 
     def row(self, row: int) -> Vector:
         """A view of one vector, valid until the row is freed."""

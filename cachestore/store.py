@@ -379,9 +379,12 @@ class Store:
                 return []
             except (LogFull, sqlite3.Error) as error:
                 raise StoreError(f"{self._log.path} cannot be written: {error}") from error
-            for id_ in ids:
-                self._forget(id_)
+            for start in range(0, len(ids), _CHUNK):
+                for id_ in ids[start : start + _CHUNK]:
+                    self._forget(id_)
+                await asyncio.sleep(0)
             self._view.measured(used)
+            self._unpoured.set()
             return [id_ for id_ in ids if id_ not in self._deleting]
 
     async def entries(self, filter: Filter, *, limit: int, offset: int = 0, bodies: bool = False) -> list[EntryRow]:
@@ -463,6 +466,7 @@ class Store:
         if self._deleting:
             async with self._turn:
                 await self._write_group()
+            self._unpoured.set()
 
     @property
     def pouring(self) -> bool:

@@ -95,12 +95,14 @@ def test_a_scope_of_one_then_two_then_none() -> None:
 
 def test_rows_of_single_scopes_are_used_again() -> None:
     slabs = Slabs(4)
-    rows = [slabs.add(np.full(4, n, np.float32)) for n in range(1000)]
-    assert len(set(rows)) == 1000
+    rows = [slabs.add(np.full(4, n, np.float32)) for n in range(1024)]
+    assert len(set(rows)) == 1024
     for row in rows[:500]:
         slabs.remove(row)
+    assert slabs.held() == 3 * 256, "a slab that is free is given back"
     again = {slabs.add(np.full(4, -1.0, np.float32)) for _ in range(500)}
     assert again == set(rows[:500])
+    assert slabs.held() == 4 * 256
     assert all(slabs.row(row)[0] == n for n, row in enumerate(rows[500:], start=500))
 
 
