@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 
 from cachestore import Filter, Store
-from gateway.responder import JSON, Responder
 from gateway.errors import AuthenticationError, BadRequestError, MethodError, UnknownPathError
 from gateway.http import Inbox, Receive, Scope, request_headers
 from gateway.metrics import Metrics, stats_document
+from gateway.responder import JSON, Responder
 from gateway.tenants import credential
 
 _TEXT = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cachestore import Hit
-from gateway.responder import EVENTS, JSON, Responder, hit_status, miss_status
 from gateway.errors import ApiError, BackendBrokenError
 from gateway.flight import Passenger
 from gateway.generation import USAGE_IN_STREAM
 from gateway.metrics import Metrics
 from gateway.plan import FlightHead, Generated, Plan, Streaming
+from gateway.responder import EVENTS, JSON, Responder, hit_status, miss_status
 from gateway.semantic import Looked
 from gateway.upstream import Headers
 from gateway.wire.errors import error_event
 from policies.reasons import Miss, NotStored
-
 
 _UNREADABLE = frozenset({NotStored.ERROR_STATUS, NotStored.MALFORMED, NotStored.TOO_LARGE})
 """Answers that nobody has understood; they are passed on as they are."""

@@ -14,7 +14,6 @@ from starlette.routing import Route
 
 from cachestore import Store, StoreOptions
 from gateway.admin import AdminDoor, HealthDoor, MetricsDoor
-from gateway.responder import Responder
 from gateway.embedding import Embedder
 from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
@@ -22,6 +21,7 @@ from gateway.errors import UnknownPathError
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Receive, Scope
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
+from gateway.responder import Responder
 from gateway.semantic import SemanticRoom
 from gateway.settings import LocalEmbedder as LocalEmbedderSettings
 from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, secret

@@ -10,11 +10,11 @@ from urllib.parse import unquote
 
 import orjson
 
-from gateway.responder import JSON, Responder, Send
 from gateway.call import Call, parse_body, read_controls, request_id
 from gateway.errors import ApiError, BackendBrokenError, InternalError, MethodError, TooLargeError
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
+from gateway.responder import JSON, Responder, Send
 from gateway.tenants import Tenants, credential
 from gateway.upstream import Ask, Backend, Headers, Router
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from cachestore import Hit, Store
 from gateway.answering import Answering
-from gateway.responder import Responder, miss_status
 from gateway.call import Call, exact_key, origin
 from gateway.errors import ApiError, BadRequestError, NotCachedError
 from gateway.flight import Flight, Flights, Passenger
 from gateway.generation import Generation, backend_request
 from gateway.metrics import Metrics
 from gateway.plan import FlightHead, Found, Generated, Plan
+from gateway.responder import Responder, miss_status
 from gateway.semantic import Looked, SemanticRoom
 from gateway.upstream import Ask, Router
 from policies.category import CategoryPolicy, CategoryTable, UnknownCategoryError

@@ -13,7 +13,6 @@ import pytest
 from tests.fakes import Hang, Normal, Reply, ScriptedUpstream, error_reply, json_reply, refused_url, stream_reply
 from tests.gateway.harness import Client, chat_body, serving, settings_for
 
-
 JSON = {"content-type": "application/json"}
 
 
