@@ -42,7 +42,9 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"expect"}
+_NOT_FORWARDED = frozenset({b"host", b"expect"})
+_KEYS = frozenset({b"authorization", b"api-key", b"x-api-key"})
+"""Where a client's key may stand."""
 _COOL_DOWN = 2.0
 """Seconds for which a backend that refused a connection is asked last."""
 _LARGE_BODY = 2**20
@@ -171,9 +173,11 @@ class Backend:
         )
 
     def _forwarded(self, headers: Headers) -> CIMultiDict[str]:
-        replaced = _NOT_FORWARDED | {b"authorization"} if self.api_key or self.hides_client_key else _NOT_FORWARDED
+        replaced = _NOT_FORWARDED | _KEYS if self.api_key or self.hides_client_key else _NOT_FORWARDED
         forwarded = CIMultiDict(
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name not in replaced
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in _end_to_end(headers)
+            if name not in replaced
         )
         if self.api_key is not None:
             forwarded["authorization"] = f"Bearer {self.api_key}"
