@@ -19,9 +19,5 @@ class NewerLog(StoreError):
     """The log was written by a newer Hitpath."""
 
 
-class WrongEmbedder(StoreError):
-    """Vectors of another dimension than those of this scope."""
-
-
 class LogDamaged(Exception):
     """The database file itself is broken; the store moves it aside and begins a new one."""
