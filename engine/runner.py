@@ -155,7 +155,8 @@ class Runner:
         with self._changed:
             for job in jobs:
                 job.cancelled = True
-            self._changed.notify()
+            # The running ones belong to the worker; it drops them itself before their next token.
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
 
     def depth(self) -> tuple[int, int]:
         """How many are running and how many wait."""
@@ -180,10 +181,9 @@ class Runner:
     def _admit(self) -> bool:
         """Wait for work and take in what fits; False when closed."""
         with self._changed:
-            self._drop_cancelled()
+            self._running = [sequence for sequence in self._running if not sequence.job.cancelled]
             while not self._closed and not self._running and not self._waiting:
                 self._changed.wait()
-                self._drop_cancelled()
             held = sum(sequence.job.cost() for sequence in self._running)
             while self._waiting and len(self._running) < self._max_running:
                 # In order: a large request is not overtaken for ever by small ones.
@@ -193,10 +193,6 @@ class Runner:
                 held += job.cost()
                 self._running.append(_Sequence(job, self._checkpoint))
             return not self._closed
-
-    def _drop_cancelled(self) -> None:
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
-        self._running = [sequence for sequence in self._running if not sequence.job.cancelled]
 
     def _step(self, sequence: _Sequence) -> None:
         if sequence.job.cancelled:

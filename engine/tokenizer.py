@@ -66,7 +66,7 @@ class ChatTokenizer:
             raise RequestError("This model has no chat template; use /v1/completions.", code="no_chat_template")
         try:
             return self._template.render(messages=messages, tools=tools, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise RequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error

@@ -185,6 +185,7 @@ def save(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = {f"model.{name}": tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     _write(out / "config.json", CONFIG)
     _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})

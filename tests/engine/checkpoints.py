@@ -24,7 +24,10 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def reference(family: str, **settings: Any) -> Any:

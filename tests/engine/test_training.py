@@ -1,0 +1,80 @@
+"""The training script of the bundled model, on a book of nonsense."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from engine.checkpoint import load_checkpoint
+from loadtest.training import bundled
+from loadtest.training.samples import ANSWER_LIMIT, IGNORE, Samples, Specials
+
+SPECIALS = Specials(*range(1, 6))
+
+
+@pytest.fixture(scope="module")
+def book() -> str:
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmno", k=draw.randint(2, 8))) for _ in range(300)]
+
+    def sentence() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(4, 30))).capitalize() + draw.choice(".!?")
+
+    return "\n\n".join(" ".join(sentence() for _ in range(8)) for _ in range(60))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(book: str) -> Tokenizer:
+    return bundled.train_tokenizer(book)
+
+
+def samples(book: str, tokenizer: Tokenizer, seed: int = 0) -> Samples:
+    return Samples(book, tokenizer, SPECIALS, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("kind", ["book", "repeat", "quotes", "facts", "chats", "long_chat"])
+def test_rows_are_full_and_targets_are_the_next_tokens(kind: str, book: str, tokenizer: Tokenizer) -> None:
+    source = samples(book, tokenizer)
+    for _ in range(5):
+        tokens, targets = getattr(source, kind)(256)
+        assert tokens.shape == targets.shape == (256,)
+        learned = targets[:-1] != IGNORE
+        assert np.array_equal(tokens[1:][learned], targets[:-1][learned])
+
+
+def test_every_answer_is_short_and_not_empty(book: str, tokenizer: Tokenizer) -> None:
+    tokens = np.concatenate([samples(book, tokenizer, seed).chats(512)[0] for seed in range(20)]).tolist()
+    starts = [i for i, token in enumerate(tokens) if token == SPECIALS.assistant]
+    answers = [list(itertools.takewhile(lambda t: t != SPECIALS.end, tokens[i + 1 :])) for i in starts]
+    # The row's edge cuts the last answer of each; what follows it there is another row.
+    assert sum(len(answer) > ANSWER_LIMIT for answer in answers) <= 20
+    assert all(answers)
+    assert len({tuple(answer) for answer in answers}) > len(answers) / 2
+
+
+def test_a_seed_gives_the_same_rows(book: str, tokenizer: Tokenizer) -> None:
+    first, second = (samples(book, tokenizer, seed=3).chats(256)[0] for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_a_short_run_learns_and_writes_a_checkpoint(book: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    phases = (bundled.Phase(12, 64, 2, {"book": 0.5, "chats": 0.5}),)
+    model = bundled.new_model()
+    steps = bundled.batches(samples(book, tokenizer), np.random.default_rng(0), phases)
+    held_out = [torch.from_numpy(part)[None] for part in samples(book, tokenizer, seed=9).book(64)]
+    before = bundled.loss_of(model, held_out[0], held_out[1]).item()
+    bundled.train(model, steps, 12)
+    assert bundled.loss_of(model, held_out[0], held_out[1]).item() < before
+    bundled.save(model, tokenizer, tmp_path)
+    loaded = load_checkpoint(tmp_path, name="bundled")
+    assert loaded.eos_ids == {SPECIALS.end}
+    # A conversation is encoded the way it was trained on.
+    ids = loaded.tokenizer.encode_chat([{"role": "user", "content": "abc"}], None)
+    assert ids == [SPECIALS.begin, SPECIALS.user, *tokenizer.encode("abc").ids, SPECIALS.end, SPECIALS.assistant]
