@@ -11,7 +11,7 @@ import orjson
 
 from cachestore import Filter, Store
 from gateway.errors import AuthenticationError, BadRequestError, MethodError, UnknownPathError
-from gateway.http import Inbox, Receive, Scope, request_headers
+from gateway.http import Inbox, Request
 from gateway.metrics import Metrics, stats_document
 from gateway.responder import JSON, Responder
 from gateway.tenants import credential
@@ -29,9 +29,9 @@ class HealthDoor:
         """`ready` names the parts and whether each is ready."""
         self._ready = ready
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """Answer 200 or 503."""
-        parts = self._ready() if scope["path"] == "/readyz" else {}
+        parts = self._ready() if request.path == "/readyz" else {}
         status = 200 if all(parts.values()) else 503
         await respond.whole(status, [JSON], orjson.dumps({"status": "ok" if status == 200 else "not ready", **parts}))
 
@@ -43,7 +43,7 @@ class MetricsDoor:
         """Serve the registry of these metrics."""
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """Answer with all figures."""
         await respond.whole(200, [_TEXT], self._metrics.text())
 
@@ -56,18 +56,17 @@ class AdminDoor:
         self._store = store
         self._key = key
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """Serve an operator. Raises UnknownPathError, AuthenticationError, BadRequestError."""
-        headers = request_headers(scope)
         if self._key is None:
             raise UnknownPathError("the admin endpoints are off; set the variable that admin.key_env names")
-        if not hmac.compare_digest(credential(headers).encode(), self._key.encode()):
+        if not hmac.compare_digest(credential(request.headers).encode(), self._key.encode()):
             raise AuthenticationError("the admin endpoints need the admin key as bearer token")
-        body = await Inbox(receive).read(headers, _MAX_BODY)
-        document = await self._answer(scope["method"], scope["path"].removeprefix("/admin/"), body, scope)
+        body = await Inbox(request.receive).read(request.headers, _MAX_BODY)
+        document = await self._answer(request.method, request.path.removeprefix("/admin/"), body)
         await respond.whole(200, [JSON], orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS))
 
-    async def _answer(self, method: str, path: str, body: bytes, scope: Scope) -> dict[str, Any]:
+    async def _answer(self, method: str, path: str, body: bytes) -> dict[str, Any]:
         match method, path.split("/"):
             case "GET", ["stats"]:
                 return stats_document(self._store.stats())
@@ -79,7 +78,7 @@ class AdminDoor:
                 return {"problems": await self._store.check()}
             case _, ["stats" | "purge" | "entries" | "check"]:
                 raise MethodError(f"{method} is not allowed here")
-        raise UnknownPathError(f"there is nothing at {scope['path']}")
+        raise UnknownPathError(f"there is nothing at /admin/{path}")
 
     async def _purge(self, body: bytes) -> dict[str, Any]:
         asked = _document(body, {*_FILTER, "dry_run"})

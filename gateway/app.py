@@ -18,7 +18,7 @@ from gateway.embedding import Embedder
 from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
 from gateway.errors import UnknownPathError
-from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Receive, Scope
+from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Request
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
 from gateway.responder import Responder
@@ -178,5 +178,5 @@ def _routes(
     return [Route(path, Guard(door, metrics), methods=_METHODS) for path, door in doors.items()]
 
 
-async def _nothing_here(scope: Scope, receive: Receive, respond: Responder) -> None:
-    raise UnknownPathError(f"there is nothing at {scope['path']}; the API lies below /v1/")
+async def _nothing_here(request: Request, respond: Responder) -> None:
+    raise UnknownPathError(f"there is nothing at {request.path}; the API lies below /v1/")

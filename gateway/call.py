@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, cast
-from uuid import uuid4
 
 import orjson
 
@@ -15,15 +14,17 @@ from policies.canonical import CanonicalError, Origin, digest, shaping_fields
 from policies.category import CallFacts
 from policies.controls import PLAIN, ControlError, Controls, parse_controls
 
-_CONTROL_HEADERS = (
-    "cache-control",
-    "x-hitpath-mode",
-    "x-hitpath-category",
-    "x-hitpath-ttl",
-    "x-hitpath-threshold",
-    "x-hitpath-namespace",
+_CONTROL_HEADERS = frozenset(
+    {
+        "cache-control",
+        "x-hitpath-mode",
+        "x-hitpath-category",
+        "x-hitpath-ttl",
+        "x-hitpath-threshold",
+        "x-hitpath-namespace",
+    }
 )
-_SHAPING_HEADERS = ("openai-organization", "openai-project", "openai-beta")
+_SHAPING_HEADERS = frozenset({"openai-organization", "openai-project", "openai-beta"})
 _STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 """Fields of `/v1/responses` whose meaning lies in the backend's memory."""
 
@@ -93,7 +94,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 def read_controls(headers: dict[str, str]) -> Controls:
     """Read the cache controls of a request. Raises BadRequestError naming the header."""
-    if not any(name in headers for name in _CONTROL_HEADERS):
+    if _CONTROL_HEADERS.isdisjoint(headers):
         return PLAIN
     try:
         return parse_controls(headers)
@@ -103,7 +104,9 @@ def read_controls(headers: dict[str, str]) -> Controls:
 
 def origin(call: Call, backend: str, headers: dict[str, str]) -> Origin:
     """Return what shapes the answer besides the body."""
-    shaping = tuple((name, headers[name]) for name in _SHAPING_HEADERS if name in headers)
+    shaping: tuple[tuple[str, str], ...] = ()
+    if not _SHAPING_HEADERS.isdisjoint(headers):
+        shaping = tuple((name, headers[name]) for name in sorted(_SHAPING_HEADERS.intersection(headers)))
     return Origin(call.endpoint, call.namespace, backend, call.query, shaping)
 
 
@@ -114,11 +117,6 @@ def exact_key(origin: Origin, body: dict[str, Any]) -> tuple[bytes, dict[str, An
         return digest(origin, fields), fields
     except (CanonicalError, RecursionError) as error:
         raise BadRequestError(str(error)) from error
-
-
-def request_id(headers: dict[str, str]) -> str:
-    """Return the client's request id, or a new one."""
-    return headers.get("x-request-id") or f"req_{uuid4().hex}"
 
 
 _SYSTEM = ("system", "developer")

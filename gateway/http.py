@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any
+from dataclasses import dataclass
+from random import getrandbits
+from typing import Any, cast
 from urllib.parse import unquote
 
 import orjson
 
-from gateway.call import Call, parse_body, read_controls, request_id
+from gateway.call import Call, parse_body, read_controls
 from gateway.errors import ApiError, BackendBrokenError, InternalError, MethodError, TooLargeError
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
@@ -32,7 +34,31 @@ class ClientGone(Exception):
     """The client hung up before it had sent its whole request."""
 
 
-Door = Callable[[Scope, Receive, Responder], Awaitable[None]]
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request as ASGI gives it, its headers by lower-cased name."""
+
+    scope: Scope
+    receive: Receive
+    headers: dict[str, str]
+
+    @property
+    def method(self) -> str:
+        """GET, POST, …"""
+        return cast(str, self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        """Decoded."""
+        return cast(str, self.scope["path"])
+
+    @property
+    def query(self) -> str:
+        """As it came, without the question mark."""
+        return cast(bytes, self.scope["query_string"]).decode("latin-1")
+
+
+Door = Callable[[Request, Responder], Awaitable[None]]
 
 
 class Guard:
@@ -45,9 +71,10 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        respond = Responder(send, request_id(request_headers(scope)))
+        headers = _headers(scope)
+        respond = Responder(send, headers.get("x-request-id") or f"req_{getrandbits(128):032x}")
         try:
-            await self._door(scope, receive, respond)
+            await self._door(Request(scope, receive, headers), respond)
         except ClientGone:
             self._metrics.disconnects.inc()
         except ApiError as error:
@@ -134,34 +161,32 @@ class CachedDoor:
         self._unread = unread
         self._max_body = max_body
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """Answer from memory at once, or take the whole way while watching for the client's leaving."""
-        if scope["method"] != "POST":
-            raise MethodError(f"{scope['method']} is not allowed here; use POST")
-        headers = request_headers(scope)
-        if headers.get("content-encoding", "identity") != "identity":
-            await self._unread(scope, receive, respond)
+        if request.method != "POST":
+            raise MethodError(f"{request.method} is not allowed here; use POST")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            await self._unread(request, respond)
             return
-        inbox = Inbox(receive)
-        raw = await inbox.read(headers, self._max_body)
-        call = self._call(scope, headers, raw, respond.request_id)
-        plan = self._pipeline.plan(call, headers)
+        inbox = Inbox(request.receive)
+        raw = await inbox.read(request.headers, self._max_body)
+        plan = self._pipeline.plan(self._call(request, raw, respond.request_id), request.headers)
         hit = self._pipeline.hot(plan)
         if hit is not None:
             await self._pipeline.answer_hit(plan, hit, respond)
             return
         await inbox.until_gone(self._pipeline.answer(plan, respond))
 
-    def _call(self, scope: Scope, headers: dict[str, str], raw: bytes, request_id: str) -> Call:
+    def _call(self, request: Request, raw: bytes, request_id: str) -> Call:
         return Call(
             endpoint=self._endpoint,
             path=self._path,
-            query=scope["query_string"].decode("latin-1"),
-            headers=scope["headers"],
+            query=request.query,
+            headers=request.scope["headers"],
             raw=raw,
             body=parse_body(raw),
-            controls=read_controls(headers),
-            caller=self._tenants.identify(credential(headers)),
+            controls=read_controls(request.headers),
+            caller=self._tenants.identify(credential(request.headers)),
             request_id=request_id,
         )
 
@@ -174,16 +199,15 @@ class PassThroughDoor:
         self._router = router
         self._tenants = tenants
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """Pass the request to a backend and its answer back."""
-        headers = request_headers(scope)
+        headers = request.headers
         self._tenants.identify(credential(headers))
-        inbox = Inbox(receive)
+        inbox = Inbox(request.receive)
         has_body = "content-length" in headers or "transfer-encoding" in headers
-        path = scope["raw_path"].partition(b"?")[0].decode("latin-1").removeprefix("/v1")
-        query = scope["query_string"].decode("latin-1")
+        path = request.scope["raw_path"].partition(b"?")[0].decode("latin-1").removeprefix("/v1")
         body = inbox.chunks() if has_body else None
-        ask = Ask(scope["method"], path, query, scope["headers"], body)
+        ask = Ask(request.method, path, request.query, request.scope["headers"], body)
         pool = self._pool(path, headers.get("x-hitpath-upstream"))
         if not has_body:
             await inbox.read(headers, 0)
@@ -212,12 +236,12 @@ class ModelsDoor:
         self._router = router
         self._tenants = tenants
 
-    async def __call__(self, scope: Scope, receive: Receive, respond: Responder) -> None:
+    async def __call__(self, request: Request, respond: Responder) -> None:
         """List the models."""
-        if scope["method"] != "GET":
-            raise MethodError(f"{scope['method']} is not allowed here; use GET")
-        self._tenants.identify(credential(request_headers(scope)))
-        headers = [item for item in scope["headers"] if item[0] != b"accept-encoding"]
+        if request.method != "GET":
+            raise MethodError(f"{request.method} is not allowed here; use GET")
+        self._tenants.identify(credential(request.headers))
+        headers = [item for item in request.scope["headers"] if item[0] != b"accept-encoding"]
         asked = [self._list(backend, headers) for backend in self._router.backends]
         lists = await asyncio.gather(*asked, return_exceptions=True)
         models: dict[str, Any] = {}
@@ -239,7 +263,7 @@ class ModelsDoor:
             raise BackendBrokenError(f"upstream {backend.name} answered /models with no list of models") from error
 
 
-def request_headers(scope: Scope) -> dict[str, str]:
+def _headers(scope: Scope) -> dict[str, str]:
     """Return the request's headers by lower-cased name; of repeated ones the values joined (RFC 9110 §5.3)."""
     headers: dict[str, str] = {}
     for raw_name, raw_value in scope["headers"]:

@@ -36,6 +36,8 @@ class CategoryPolicy:
 
     def under(self, controls: Controls) -> CategoryPolicy:
         """Return the rules for one call: a client may be stricter than the operator, never laxer."""
+        if controls.mode is None and controls.threshold is None and controls.ttl is None:
+            return self
         return replace(
             self,
             mode=self.mode if controls.mode is None else self.mode.stricter(controls.mode),
