@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cachestore import Hit
 from gateway.errors import ApiError, BackendBrokenError
@@ -18,6 +19,29 @@ from policies.reasons import Miss, NotStored
 
 _UNREADABLE = frozenset({NotStored.ERROR_STATUS, NotStored.MALFORMED, NotStored.TOO_LARGE})
 """Answers that nobody has understood; they are passed on as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ride:
+    """One client on a flight."""
+
+    plan: Plan
+    passenger: Passenger[FlightHead]
+    respond: Responder
+    reason: Miss
+    """Why the cache did not answer."""
+    joined: bool
+    """Somebody else's call launched the flight."""
+
+    def headers(self, head: Generated | Streaming, status: int, kept: NotStored | None) -> Headers:
+        """Return our own headers of an answer that came from a backend."""
+        return [
+            (b"cache-status", miss_status(self.reason, status, kept=kept, collapsed=self.joined)),
+            (b"x-hitpath-category", head.looked.policy.name.encode()),
+            (b"x-hitpath-upstream", head.backend.encode()),
+            (b"server-timing", self.plan.timing.header()),
+            *_judged(head.looked),
+        ]
 
 
 class Answering:
@@ -44,59 +68,45 @@ class Answering:
         body = _replayed(plan, hit.body) if plan.call.stream else hit.body
         await respond.whole(200, headers, body)
 
-    async def generated(self, plan: Plan, head: Generated, respond: Responder, reason: Miss, *, joined: bool) -> None:
+    async def generated(self, ride: Ride, head: Generated) -> None:
         """Send a backend's whole answer, to a client that wants events as events."""
+        plan = ride.plan
         kept = head.kept if isinstance(head.kept, NotStored) else None
-        status = miss_status(reason, head.status, kept=kept, collapsed=joined)
-        headers = _miss_headers(plan, head.looked, head.backend, status)
+        headers = ride.headers(head, head.status, kept)
         if not isinstance(head.kept, NotStored):
             headers.append((b"x-hitpath-entry", b"%d" % head.kept))
         replayed = plan.call.stream and head.kept not in _UNREADABLE
         body = _replayed(plan, head.body) if replayed else head.body
-        await respond.whole(head.status, _combined(head.headers, headers, EVENTS if replayed else None), body)
+        await ride.respond.whole(head.status, _combined(head.headers, headers, EVENTS if replayed else None), body)
 
-    async def stream(
-        self,
-        plan: Plan,
-        head: Streaming,
-        passenger: Passenger[FlightHead],
-        respond: Responder,
-        reason: Miss,
-        *,
-        joined: bool,
-    ) -> None:
-        """Pass a stream on; an error behind its head becomes an event."""
-        status = miss_status(reason, 200, kept=head.kept, collapsed=joined)
-        headers = _miss_headers(plan, head.looked, head.backend, status)
-        await respond.start(200, _combined(head.headers, headers, None))
-        hides_usage = plan.call.endpoint in USAGE_IN_STREAM and not plan.call.include_usage
+    async def streaming(self, ride: Ride, head: Streaming) -> None:
+        """Pass a stream on, or its sum to a client that wants no events."""
+        if ride.plan.call.stream:
+            await self._events(ride, head)
+        else:
+            await self._landed(ride, head)
+
+    async def _events(self, ride: Ride, head: Streaming) -> None:
+        """Pass events on as they come; an error behind the head becomes an event."""
+        call, respond = ride.plan.call, ride.respond
+        await respond.start(200, _combined(head.headers, ride.headers(head, 200, head.kept), None))
+        hides_usage = call.endpoint in USAGE_IN_STREAM and not call.include_usage
         try:
-            async for events in passenger.events():
+            async for events in ride.passenger.events():
                 shown = [event for event in events if event is not head.usage] if hides_usage else events
                 if shown:
                     await respond.piece(b"".join(shown))
         except ApiError as error:
             self._metrics.error(error.code)
-            await respond.piece(error_event(plan.call.endpoint, error.document()))
+            await respond.piece(error_event(call.endpoint, error.document()))
         await respond.piece(b"", last=True)
 
-    async def landed(
-        self,
-        plan: Plan,
-        head: Streaming,
-        passenger: Passenger[FlightHead],
-        respond: Responder,
-        reason: Miss,
-        *,
-        joined: bool,
-    ) -> None:
-        """Answer a client that wants no events from a flight that has them."""
-        await passenger.landed()
+    async def _landed(self, ride: Ride, head: Streaming) -> None:
+        await ride.passenger.landed()
         if not head.body:
             raise BackendBrokenError(f"upstream {head.backend} streamed an answer too large to be added up")
-        status = miss_status(reason, 200, kept=head.kept, collapsed=joined)
-        headers = _miss_headers(plan, head.looked, head.backend, status)
-        await respond.whole(200, _combined(head.headers, headers, JSON), head.body)
+        headers = _combined(head.headers, ride.headers(head, 200, head.kept), JSON)
+        await ride.respond.whole(200, headers, head.body)
 
 
 def _replayed(plan: Plan, body: bytes) -> bytes:
@@ -109,16 +119,6 @@ def _judged(looked: Looked) -> Headers:
     return [
         (b"x-hitpath-similarity", b"%.4f" % looked.score),
         (b"x-hitpath-threshold", b"%.4g" % looked.policy.threshold),
-    ]
-
-
-def _miss_headers(plan: Plan, looked: Looked, backend: str, status: bytes) -> Headers:
-    return [
-        (b"cache-status", status),
-        (b"x-hitpath-category", looked.policy.name.encode()),
-        (b"x-hitpath-upstream", backend.encode()),
-        (b"server-timing", plan.timing.header()),
-        *_judged(looked),
     ]
 
 

@@ -120,7 +120,8 @@ class Generation:
             self._metrics.not_stored(NotStored.BROKEN_STREAM)
             raise BackendBrokenError(f"upstream {head.backend} ended its stream unfinished: {error}") from error
         head.body = orjson.dumps(answer)
-        await self._keep(plan, head.looked, head.backend, wire, answer, head.body, seconds)
+        kept = await self._keep(plan, head.looked, head.backend, wire, answer, head.body, seconds)
+        head.kept = kept if isinstance(kept, NotStored) else None
 
     async def _keep(
         self, plan: Plan, looked: Looked, backend: str, wire: Wire, answer: Any, body: bytes, seconds: float

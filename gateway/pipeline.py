@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import assert_never
 
 from cachestore import Hit, Store
-from gateway.answering import Answering
+from gateway.answering import Answering, Ride
 from gateway.call import Call, exact_key, origin
 from gateway.errors import ApiError, BadRequestError, NotCachedError
 from gateway.flight import Flight, Flights, Passenger
 from gateway.generation import Generation, backend_request
 from gateway.metrics import Metrics
-from gateway.plan import FlightHead, Found, Generated, Plan
+from gateway.plan import FlightHead, Found, Generated, Plan, Streaming
 from gateway.responder import Responder, miss_status
 from gateway.semantic import Looked, SemanticRoom
 from gateway.upstream import Ask, Router
@@ -186,18 +187,20 @@ class Pipeline:
         if isinstance(head, Generated) and head.status >= 500 and fallback is not None:
             await self.answer_hit(plan, fallback, respond, detail="stale-if-error")
             return
-        if isinstance(head, Found):
-            self._metrics.hit(plan.call.endpoint, "semantic", head.hit.category)
-            await self._answering.hit(plan, head.hit, respond, "semantic", head.looked)
-            return
-        reason = _reason(reason, head.looked)
-        self._metrics.miss(plan.call.endpoint, reason, collapsed=joined)
-        if isinstance(head, Generated):
-            await self._answering.generated(plan, head, respond, reason, joined=joined)
-        elif plan.call.stream:
-            await self._answering.stream(plan, head, passenger, respond, reason, joined=joined)
-        else:
-            await self._answering.landed(plan, head, passenger, respond, reason, joined=joined)
+        if not isinstance(head, Found):
+            reason = _reason(reason, head.looked)
+            self._metrics.miss(plan.call.endpoint, reason, collapsed=joined)
+        ride = Ride(plan, passenger, respond, reason, joined)
+        match head:
+            case Found():
+                self._metrics.hit(plan.call.endpoint, "semantic", head.hit.category)
+                await self._answering.hit(plan, head.hit, respond, "semantic", head.looked)
+            case Generated():
+                await self._answering.generated(ride, head)
+            case Streaming():
+                await self._answering.streaming(ride, head)
+            case _:
+                assert_never(head)
 
     def _may_serve_stale(self, plan: Plan, stale: Hit) -> bool:
         accepted = plan.call.controls.stale_if_error

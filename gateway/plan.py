@@ -64,7 +64,7 @@ class Streaming:
     backend: str
     headers: Headers
     kept: NotStored | None
-    """What is known when the stream begins: None promises to store it if it ends whole."""
+    """Until the flight has landed: None promises to store the answer if it ends whole."""
     usage: bytes = b""
     """The usage chunk, which only those see who asked for it."""
     body: bytes = b""
