@@ -101,7 +101,8 @@ def _upstream(url: str) -> dict[str, str]:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise SettingsError(f"--upstream: {url!r} is not a URL such as http://127.0.0.1:8000/v1")
     # Named after its address: another backend's answers are not this one's.
-    return {"name": parts.netloc.rpartition("@")[2], "kind": "openai", "url": url}
+    address = parts.netloc.rpartition("@")[2].replace("[", "ipv6:").replace("]", "")
+    return {"name": address, "kind": "openai", "url": url}
 
 
 def _serve(options: argparse.Namespace) -> int:

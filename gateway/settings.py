@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,10 +29,21 @@ from policies.category import CategoryPolicy, CategoryTable, Rule
 from policies.controls import Mode
 
 _GIB = 2**30
+_ROUNDING = 1e-9
+"""By how much shares that add up to the whole may seem to exceed it."""
 
 
 class SettingsError(Exception):
     """The settings cannot be used; the message has one line per fault, each with the key's full name."""
+
+
+class _KeyFault(ValueError):
+    """A fault that only the whole group shows, but that belongs to one key of it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        """`key` is dotted, from the group on."""
+        super().__init__(message)
+        self.key = key
 
 
 def _unit(parse: Callable[[object], float]) -> BeforeValidator:
@@ -47,7 +59,7 @@ CacheMode = Annotated[Mode, BeforeValidator(_yaml_off)]
 Size = Annotated[int, _unit(units.size)]
 Duration = Annotated[float, _unit(units.duration)]
 Share = Annotated[float, _unit(units.share)]
-Rate = Annotated[float, _unit(units.rate), PlainSerializer(lambda rate: f"{rate:g}/s")]
+Rate = Annotated[float, _unit(units.rate), PlainSerializer(lambda rate: f"{Decimal(str(rate)):f}/s")]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
 
@@ -99,9 +111,9 @@ class Upstream(_Group):
     @model_validator(mode="after")
     def _url_belongs_to_kind(self) -> Self:
         if self.kind == "bundled" and self.url is not None:
-            raise ValueError("kind bundled takes no url: the gateway starts this engine itself")
+            raise _KeyFault("url", "kind bundled takes no url: the gateway starts this engine itself")
         if self.kind != "bundled" and self.url is None:
-            raise ValueError(f"kind {self.kind} needs a url such as http://10.0.0.7:8000/v1")
+            raise _KeyFault("url", f"kind {self.kind} needs a url such as http://10.0.0.7:8000/v1")
         return self
 
 
@@ -143,7 +155,7 @@ class Quota(_Group):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise ValueError("min is above max")
+            raise _KeyFault("min", f"{self.min:.0%} is above max, which is {self.max:.0%}")
         return self
 
 
@@ -208,9 +220,9 @@ class Cache(_Group):
 
     @model_validator(mode="after")
     def _quotas_fit(self) -> Self:
-        reserved = sum(rules.quota.min for rules in self.categories.values() if rules.quota is not None)
-        if reserved > 1:
-            raise ValueError(f"the quotas' min shares add up to {reserved:.0%}, more than the whole")
+        reserved = sum(policy.quota_min for policy in self.table().policies.values())
+        if reserved > 1 + _ROUNDING:
+            raise _KeyFault("categories", f"the quotas' min shares add up to {reserved:.0%}, more than the whole")
         return self
 
     @model_validator(mode="after")
@@ -218,7 +230,7 @@ class Cache(_Group):
         known = CategoryTable(CategoryPolicy("default"), {name: {} for name in self.categories}).policies
         for position, rule in enumerate(self.rules):
             if rule.category not in known:
-                raise ValueError(f"rules.{position}.category: {rule.category!r} is not one of {', '.join(known)}")
+                raise _KeyFault(f"rules.{position}.category", f"{rule.category!r} is not one of {', '.join(known)}")
         return self
 
     def memory(self) -> int:
@@ -293,7 +305,8 @@ def load(path: Path | None) -> Settings:
         document = yaml.load(path.read_text("utf-8"), Loader=_LoudLoader)
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: bytes that are no text, and dates that do not exist.
         raise SettingsError(f"{path}: is not YAML: {error}") from error
     if document is not None and not isinstance(document, dict):
         raise SettingsError(f"{path}: must be a mapping of {', '.join(Settings.model_fields)}")
@@ -332,15 +345,28 @@ class _LoudLoader(yaml.SafeLoader):
 
 def _line(fault: Any) -> str:
     kind, context = fault["type"], fault.get("ctx", {})
-    path = ".".join(str(part) for part in _without_tags(fault["loc"]))
+    path = ".".join(str(part) for part in (*_without_tags(fault["loc"]), *_inner_key(kind, context.get("error"))))
     message = fault["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"{path}: unknown key{_valid_keys(fault['loc'])}"
     if kind == "string_pattern_mismatch":
         message = f"{fault['input']!r} does not match {context['pattern']}"
+    elif kind in _NO_EMBEDDER_KIND:
+        message = f"should be one of {', '.join(_EMBEDDERS)}"
     elif not kind.startswith("value_error") and kind != "missing":
         message = f"{message}, got {fault['input']!r}"
     return f"{path}: {message}" if path else message
+
+
+_NO_EMBEDDER_KIND = frozenset({"union_tag_invalid", "union_tag_not_found"})
+"""The embedder is the one group whose keys depend on its kind."""
+
+
+def _inner_key(kind: str, error: object) -> tuple[str, ...]:
+    """Return the key that a group's fault belongs to, from the group on."""
+    if kind in _NO_EMBEDDER_KIND:
+        return ("kind",)
+    return (error.key,) if isinstance(error, _KeyFault) else ()
 
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
