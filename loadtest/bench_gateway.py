@@ -34,6 +34,7 @@ from policies.eviction import ValuePerByte
 
 _TOKENS = 64
 """Words of an answer."""
+_SCOPES = 64
 _HELPFUL = "You are a helpful assistant."
 _FETCH_ANEW = b"cache-control: no-cache\r\n"
 _MODES: dict[str, dict[str, Any]] = {
@@ -199,8 +200,9 @@ async def miss(place: Place, sizes: Sizes) -> list[Row]:
     rows = []
     for mode, cache in _MODES.items():
         with _backend(place) as backend, _gateway(place, backend, cache) as gateway:
-            rows.append(await _overhead(f"miss p50, {mode} mode", sizes.rounds, sizes.alone, gateway, backend))
-            rows += await _misses_at_once(mode, sizes, gateway, backend)
+            fresh = _fresh_questions()
+            rows.append(await _overhead(f"miss p50, {mode} mode", sizes.rounds, sizes.alone, fresh, gateway, backend))
+            rows += await _misses_at_once(mode, sizes, fresh, gateway, backend)
     return rows
 
 
@@ -211,15 +213,22 @@ async def stream(place: Place, sizes: Sizes) -> list[Row]:
         paced = _backend(place, "--tokens", "4", "--token-interval", "2")
         with paced as backend, _gateway(place, backend, cache) as gateway:
             name = f"first event of a stream p50, {mode} mode"
-            rows.append(await _overhead(name, sizes.rounds, sizes.streams, gateway, backend, stream=True))
+            fresh = _fresh_questions(stream=True)
+            rows.append(await _overhead(name, sizes.rounds, sizes.streams, fresh, gateway, backend, stream=True))
     return rows
 
 
 async def _overhead(
-    name: str, rounds: int, count: int, gateway: Server, backend: Server, *, stream: bool = False
+    name: str,
+    rounds: int,
+    count: int,
+    fresh: Iterator[bytes],
+    gateway: Server,
+    backend: Server,
+    *,
+    stream: bool = False,
 ) -> Row:
     """Ask gateway and backend the same in turns, on one connection each."""
-    fresh = _fresh_questions(stream=stream)
     through, direct = [], []
     async with _connected(gateway.port) as ours, _connected(backend.port) as theirs:
         for _ in range(1 + rounds):
@@ -237,8 +246,9 @@ def _time(answer: Answer, stream: bool) -> float:
     return answer.first if stream else answer.whole
 
 
-async def _misses_at_once(mode: str, sizes: Sizes, gateway: Server, backend: Server) -> list[Row]:
-    fresh = _fresh_questions(stream=False, first=10**6)
+async def _misses_at_once(
+    mode: str, sizes: Sizes, fresh: Iterator[bytes], gateway: Server, backend: Server
+) -> list[Row]:
     rates, alone, costs = [], [], []
     for _ in range(1 + sizes.rounds):
         requests = list(itertools.islice(fresh, sizes.misses))
@@ -252,10 +262,10 @@ async def _misses_at_once(mode: str, sizes: Sizes, gateway: Server, backend: Ser
     ]
 
 
-def _fresh_questions(*, stream: bool, first: int = 0) -> Iterator[bytes]:
-    """Requests never asked before, spread over scopes as real traffic is."""
-    for number in itertools.count(first):
-        yield chat(f"You are assistant {number % 64}.", f"{question(number)} Case {number}.", stream=stream)
+def _fresh_questions(*, stream: bool = False) -> Iterator[bytes]:
+    """64 000 requests never asked before, spread over scopes as real traffic is."""
+    for number in range(_SCOPES * 1000):
+        yield chat(f"You are assistant {number % _SCOPES}.", question(number // _SCOPES), stream=stream)
 
 
 # --- standing still ---------------------------------------------------------------------------------------------------
@@ -269,7 +279,7 @@ async def idle(place: Place, sizes: Sizes) -> list[Row]:
         begun = time.perf_counter()
         with _gateway(place, backend, {}) as gateway:
             ready = time.perf_counter() - begun
-            requests = itertools.islice(_fresh_questions(stream=False), 100)
+            requests = itertools.islice(_fresh_questions(), 100)
             await load(gateway.port, requests, connections=4, expect=b"fwd=miss")
             resident = gateway.resident() / _MIB
     return [
