@@ -427,7 +427,7 @@ async def test_a_client_that_loses_patience_ends_the_backends_work(
 ) -> None:
     upstream.script(Hang())
     with pytest.raises(openai.APITimeoutError):
-        await ask(client, timeout=0.1)
+        await ask(client, timeout=0.5)
     await asyncio.wait_for(upstream.exchanges[0].disconnected.wait(), 5)
 
 

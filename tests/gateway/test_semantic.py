@@ -117,7 +117,7 @@ async def test_the_same_question_in_other_words_is_a_hit(room: Semantic, stream:
     assert is_semantic(hit)
     assert re.match(r"hitpath; hit; ttl=8\d{4}; detail=semantic$", hit.cache)
     assert similarity(hit) >= threshold(hit) == 0.9
-    assert hit.headers["age"] == "0"
+    assert hit.headers["age"].isdigit()
     assert hit.text == first.text == answer_text("m", ASKED)
     assert hit.headers["content-type"].startswith("text/event-stream") is stream
     assert hit.headers["x-hitpath-upstream"] == "up0"
@@ -500,7 +500,7 @@ async def embedder() -> AsyncIterator[ScriptedUpstream]:
 def remote_settings(
     data_dir: Path, embedder: ScriptedUpstream, upstream: ScriptedUpstream, model: str = "e", **more: Any
 ) -> Settings:
-    remote = {"kind": "openai", "url": embedder.url, "model": model, "timeout": "200ms", **more}
+    remote = {"kind": "openai", "url": embedder.url, "model": model, "timeout": "500ms", **more}
     return settings_for(data_dir, upstream, cache={"embedder": remote})
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -256,7 +257,7 @@ async def test_a_head_that_does_not_come(upstream: ScriptedUpstream) -> None:
 
 async def test_a_body_that_falls_silent(upstream: ScriptedUpstream) -> None:
     upstream.script(Reply((b"one",), end=End.HANG))
-    backend = backend_at(upstream.url, timeouts=HASTY)
+    backend = backend_at(upstream.url, timeouts={"idle": "60ms"})
     async with backend.send(ask()) as reply:
         with pytest.raises(BackendTimeoutError, match=r"its next bytes within 0\.06 s"):
             await reply.read(100)
@@ -264,11 +265,18 @@ async def test_a_body_that_falls_silent(upstream: ScriptedUpstream) -> None:
 
 
 async def test_an_address_that_does_not_answer() -> None:
-    # 192.0.2.0/24 is reserved for documentation (RFC 5737): packets to it get no answer, or are refused at once.
-    backend = backend_at("http://192.0.2.1:9/v1", timeouts={"connect": "50ms"})
-    with pytest.raises(BackendUnreachableError):
-        await exchange(backend, ask())
-    await backend.close()
+    with socket.socket() as listener, ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # more than the queue holds, and nobody takes them out: the next one gets no answer
+            filler = waiting.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        backend = backend_at(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeouts={"connect": "60ms"})
+        with pytest.raises(BackendUnreachableError, match=r"(?i)timeout"):
+            await exchange(backend, ask())
+        assert backend.down_until > 0
+        await backend.close()
 
 
 @pytest.mark.parametrize(
