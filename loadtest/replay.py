@@ -1,7 +1,8 @@
 """Replay a trace with real text against a gateway: `hitpath replay FILE --url URL`.
 
-Each row becomes one chat completion. What a hit saved is estimated from the misses of the same run: the tokens its
-answer holds, times the seconds a token took where one had to be generated.
+Each row becomes one chat completion. The recorded length of its answer is not asked for: an answer that ends because it
+may not be longer counts as cut off, and is not kept by the cache. What a hit saved is estimated from the misses of the
+same run: the tokens its answer holds, times the seconds a token took where one had to be generated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from loadtest.data import DataError, read_rows
 from loadtest.metrics import percentiles
 
 TEXT_FIELDS = ("prompt", "input")
-LENGTH_FIELDS = ("output_tokens", "output")
 TIME_FIELDS = {"timestamp_ms": 1e-3, "timestamp": 1e-6}
 """Field -> seconds per unit."""
 SHOWN_FAILURES = 5
@@ -43,8 +43,6 @@ class Request:
     text: str
     arrival: float
     """Seconds; only differences count."""
-    tokens: int | None
-    """Length of the recorded answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +98,7 @@ def _request(path: Path, number: int, row: dict[str, Any]) -> Request:
             " only a trace with real text can be replayed"
         )
     arrival = next((row[name] * unit for name, unit in TIME_FIELDS.items() if _is_number(row.get(name))), 0.0)
-    tokens = next((row[name] for name in LENGTH_FIELDS if isinstance(row.get(name), int)), None)
-    return Request(text, arrival, tokens)
+    return Request(text, arrival)
 
 
 def _is_number(value: object) -> bool:
@@ -204,9 +201,8 @@ class Client:
     def _body(self, request: Request) -> dict[str, Any]:
         options = self._options
         body: dict[str, Any] = {"model": options.model, "messages": [{"role": "user", "content": request.text}]}
-        lengths = [length for length in (request.tokens, options.max_tokens) if length]
-        if lengths:
-            body["max_tokens"] = min(lengths)
+        if options.max_tokens is not None:
+            body["max_tokens"] = options.max_tokens
         if options.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body
@@ -393,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--concurrency", type=_positive, help=f"default: {CONCURRENCY}, with --speed {CONCURRENCY_TIMED}"
     )
-    parser.add_argument("--max-tokens", type=_positive, help="upper bound beside the recorded answer's length")
+    parser.add_argument("--max-tokens", type=_positive, help="of an answer; one cut off by it is not cached")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="default: stream")
     parser.add_argument("--passes", type=_positive, default=1, help="how often to replay (default: 1)")
     parser.add_argument(

@@ -17,6 +17,9 @@ GRAPH_VERSION = 1
 """Raised with every change of `build.py` or of this file that changes a vector."""
 WINDOW = 256
 """Tokens, the two markers included: the length the model was trained with."""
+PREVIEW = 64
+"""Tokens that are looked at of a text beyond the window. Its vector is never compared, it only tells the category, and
+attention over a full window takes five times as long."""
 MAX_CHARS = 16 * WINDOW
 """A longer text is cut before tokenising: 50 MB must cost nothing, and ordinary text needs five characters a token."""
 MAX_ROWS = 512
@@ -52,12 +55,14 @@ class MiniLM:
 
     def _tokens(self, text: str) -> tuple[Ids, bool]:
         """Token ids, and whether they speak of a part of the text only."""
+        too_long = len(text) > MAX_CHARS
         try:
-            ids: list[int] = self._tokenizer.encode(text[:MAX_CHARS]).ids
+            ids: list[int] = self._tokenizer.encode(text[: 16 * PREVIEW] if too_long else text).ids
         except Exception as error:  # tokenizers raises TypeError on lone surrogates, and bare Exception elsewhere
             raise EmbedderError(f"the text cannot be tokenised: {error}") from error
-        partial = len(text) > MAX_CHARS or len(ids) > WINDOW or self._unknown in ids
-        return (ids if len(ids) <= WINDOW else [*ids[: WINDOW - 1], self._end]), partial
+        if too_long or len(ids) > WINDOW:
+            return [*ids[: PREVIEW - 1], self._end], True
+        return ids, self._unknown in ids
 
     def _run(self, batch: Sequence[Ids]) -> NDArray[np.float32]:
         try:

@@ -148,8 +148,9 @@ def parse(body: bytes, count: int) -> list[Vector]:
 
 def _vector(value: Any) -> Vector:
     raw = np.frombuffer(base64.b64decode(value), "<f4") if isinstance(value, str) else value
-    vector: Vector = np.array(raw, np.float32)
-    length = float(np.linalg.norm(vector))
+    vector = np.array(raw, np.float64)
+    with np.errstate(over="ignore"):
+        length = float(np.linalg.norm(vector))
     if vector.ndim != 1 or not np.isfinite(length) or length == 0.0:
         raise ValueError("not a vector with a direction")
-    return vector / np.float32(length)
+    return (vector / length).astype(np.float32)

@@ -32,12 +32,19 @@ def main() -> None:
     tokenizer.enable_truncation(WINDOW)
     rows = [row["text"] for row in read_rows(data_dir() / "prompts" / "categories.jsonl.gz")]
     ranges: dict[str, NDArray[np.float32]] = {}
-    for text in random.Random(SEED).sample(rows, SAMPLE):
+    for text in sample(rows):
         _, *activations = session.run(None, feeds([tokenizer.encode(text).ids]))
         for name, activation in zip(names, activations, strict=True):
             _widen(ranges, name, activation.reshape(-1, activation.shape[-1]))
     np.savez_compressed(RANGES_FILE, **{name: value.astype(np.float16) for name, value in ranges.items()})  # type: ignore[arg-type]
     print(f"{RANGES_FILE}: {len(ranges)} activations")
+
+
+def sample(rows: list[str]) -> list[str]:
+    """Single prompts, prompts strung together until they fill the window, and next to nothing."""
+    single = random.Random(SEED).sample(rows, SAMPLE)
+    filled = [" ".join(single[start : start + 30]) for start in range(0, SAMPLE, 30)]
+    return [*single, *filled, "", "?", "hi"]
 
 
 def _widen(ranges: dict[str, NDArray[np.float32]], name: str, rows: NDArray[np.float32]) -> None:
