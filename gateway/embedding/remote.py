@@ -125,7 +125,7 @@ class RemoteEmbedder:
             async with self._session.post(self._endpoint, data=body, headers=headers) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise EmbedderError(f"{self._endpoint}: {error or type(error).__name__}") from error
+            raise EmbedderError(f"{self._endpoint}: {str(error) or type(error).__name__}") from error
         if response.status == 200:
             return answer
         kind = _Refused if response.status in (400, 413, 422) else EmbedderError
