@@ -203,6 +203,8 @@ async def miss(place: Place, sizes: Sizes) -> list[Row]:
             fresh = _fresh_questions()
             rows.append(await _overhead(f"miss p50, {mode} mode", sizes.rounds, sizes.alone, fresh, gateway, backend))
             rows += await _misses_at_once(mode, sizes, fresh, gateway, backend)
+            if mode == "semantic":
+                rows.append(await _embedding_within(itertools.islice(fresh, sizes.alone), gateway))
     return rows
 
 
@@ -244,6 +246,14 @@ async def _overhead(
 
 def _time(answer: Answer, stream: bool) -> float:
     return answer.first if stream else answer.whole
+
+
+async def _embedding_within(fresh: Iterator[bytes], gateway: Server) -> Row:
+    """Ask the gateway itself (Server-Timing) how much of a miss is the embedding."""
+    async with _connected(gateway.port) as connection:
+        heads = [check(await connection.ask(request), b"embed;dur=").head for request in fresh]
+    took = [float(head.partition(b"embed;dur=")[2].split(b",")[0].split()[0]) for head in heads]
+    return absolute("of which embedding p50, semantic mode", statistics.median(took), "ms")
 
 
 async def _misses_at_once(
