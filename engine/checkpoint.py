@@ -28,6 +28,7 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,15 @@ def _dtype(asked: str, saved: str, device: torch.device) -> torch.dtype:
 
 
 def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+    least = int(generation.get("min_new_tokens") or 0)
     if generation.get("do_sample") is False:
-        return SamplingDefaults()
+        return SamplingDefaults(min_tokens=least)
     temperature, top_p, top_k = (generation.get(key) for key in ("temperature", "top_p", "top_k"))
     return SamplingDefaults(
         temperature=1.0 if temperature is None else float(temperature),
         top_p=1.0 if top_p is None else float(top_p),
         top_k=0 if top_k is None else int(top_k),
+        min_tokens=least,
     )
 
 

@@ -154,6 +154,7 @@ class Sampled(_Closed):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            min_tokens=min(defaults.min_tokens, max_tokens),
             max_tokens=max_tokens,
             stop=tuple(self.stop or ()),
             ignore_eos=bool(self.ignore_eos),

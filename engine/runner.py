@@ -78,7 +78,7 @@ class _Sequence:
         self.job = job
         self._checkpoint = checkpoint
         self._cache = ContiguousCache(config, job.cost(), dtype=checkpoint.dtype, device=checkpoint.device)
-        self._sampler = Sampler(job.params, config.vocab_size)
+        self._sampler = Sampler(job.params, config.vocab_size, checkpoint.eos_ids)
         self._text = Detokenizer(checkpoint.tokenizer.decode)
         self._stops = StopMatcher(job.params.stop)
         self._pending: Sequence[int] = job.prompt

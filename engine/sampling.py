@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    min_tokens: int = 0
+    """End tokens are not drawn before this many others."""
     max_tokens: int = 16
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -41,8 +43,9 @@ class Choice:
 class Sampler:
     """Draws the tokens of one answer; owns its generator, so a seed gives the same answer whatever else runs."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams, vocab_size: int, ends: Collection[int] = ()) -> None:
+        """`ends`: the tokens that end an answer."""
+        self._params, self._ends, self._drawn = params, list(ends), 0
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -61,6 +64,7 @@ class Sampler:
             probabilities = truncate(adjusted / params.temperature, params.top_k, params.top_p)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._counts[token] += 1
+        self._drawn += 1
         return self._described(token, scores)
 
     def _adjust(self, scores: Tensor) -> Tensor:
@@ -72,6 +76,8 @@ class Sampler:
             scores = scores.clone()
             for token, bias in params.logit_bias.items():
                 scores[token] += bias
+        if self._ends and self._drawn < params.min_tokens:
+            scores = scores.index_fill(0, torch.tensor(self._ends), float("-inf"))
         return scores
 
     def _described(self, token: int, scores: Tensor) -> Choice:

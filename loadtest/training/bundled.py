@@ -1,8 +1,9 @@
 """Train the bundled smoke-test model: `python -m loadtest.training.bundled --out engine/bundled`.
 
 A Llama-layout decoder of 5.4 million parameters over a byte-level BPE of 4 096 tokens, from public-domain books alone.
-Three phases: short rows with exact repeats until copying appears, longer mixed rows, and a few very long ones so that
-a long prompt does not keep an answer from ending. About half an hour on two cores with bfloat16 instructions.
+Short rows with exact repeats until copying appears, longer mixed rows, a few very long ones so that a long prompt does
+not keep an answer from ending, and a last part on answers gone astray, which must end all the same. About half an hour
+on two cores with bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +30,7 @@ from loadtest.training.samples import IGNORE, Row, Samples, Specials, read_books
 
 VOCABULARY = 4096
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -48,9 +50,7 @@ CONFIG: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "rope_theta": 10_000.0,
     "initializer_range": 0.02,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **IDS,
     "dtype": "bfloat16",
     "torch_dtype": "bfloat16",
 }
@@ -96,7 +96,10 @@ PHASES = (
     Phase(90, 2048, 2, {"book": 0.2, "facts": 0.1, "chats": 0.2, "long_chat": 0.5}),
     Phase(30, 4096, 1, {"book": 0.2, "long_chat": 0.8}),
 )
-PEAK_RATE = 2.5e-3
+FINISH = (
+    Phase(190, 640, 6, {"book": 0.15, "quotes": 0.1, "facts": 0.1, "chats": 0.35, "endings": 0.3}),
+    Phase(20, 2048, 2, {"long_chat": 0.4, "chats": 0.3, "endings": 0.3}),
+)
 WARM_UP = 60
 DECAY_FROM = 0.55
 """Share of the run after which the rate falls to a twentieth."""
@@ -144,24 +147,27 @@ def batches(samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...
 
 
 def rate(step: int, total: int) -> float:
-    """Warm up, hold, then fall in a line."""
+    """Share of the peak rate: warm up, hold, then fall in a line."""
     if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
+        return (step + 1) / WARM_UP
     left = (total - step) / (total * (1 - DECAY_FROM))
-    return PEAK_RATE * max(0.05, min(1.0, left))
+    return max(0.05, min(1.0, left))
 
 
-def train(model: Decoder, steps: Iterator[tuple[Tensor, Tensor]], total: int) -> None:
-    """AdamW with bfloat16 autocast; prints the running loss."""
+def train(
+    model: Decoder, samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...], *, peak: float
+) -> None:
+    """AdamW with bfloat16 autocast up to learning rate `peak`; prints the running loss."""
+    total = sum(phase.steps for phase in phases)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
     began, mean = time.monotonic(), 0.0
-    for step, (inputs, targets) in enumerate(steps):
+    for step, (inputs, targets) in enumerate(batches(samples, rng, phases)):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, total)
+            group["lr"] = peak * rate(step, total)
         loss = loss_of(model, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,7 +194,7 @@ def save(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     _write(out / "config.json", CONFIG)
-    _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    _write(out / "generation_config.json", {**IDS, "min_new_tokens": 1})  # never an empty answer
     _write(
         out / "tokenizer_config.json",
         {
@@ -212,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--finish", type=Path, metavar="DIR", help="only the last phases, on the weights in DIR")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -223,7 +230,12 @@ def main() -> None:
     specials = Specials(*range(1, 6))
     samples = Samples(books, tokenizer, specials, rng)
     model = new_model()
-    train(model, batches(samples, rng, PHASES), sum(phase.steps for phase in PHASES))
+    if args.finish is None:
+        train(model, samples, rng, PHASES, peak=2.5e-3)
+    else:
+        stored = load_file(args.finish / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): tensor.float() for name, tensor in stored.items()})
+    train(model, samples, rng, FINISH, peak=8e-4)
     save(model, tokenizer, args.out)
     print(f"wrote {args.out}", flush=True)
 

@@ -106,6 +106,23 @@ class Samples:
                 targets += part if learned else [IGNORE] * len(part)
         return np.array(ids[:length], dtype=np.int64), np.array(targets[1 : length + 1], dtype=np.int64)
 
+    def endings(self, length: int) -> Row:
+        """Conversations whose answers went astray: nothing of them is learned but that they must end.
+
+        The end is the target behind the last token, and behind every token beyond the limit.
+        """
+        special = self._specials
+        ids: Ids = []
+        targets: Ids = []
+        while len(ids) <= length:
+            user = self._user_text(int(np.exp(self._rng.uniform(np.log(2), np.log(200)))))
+            asked = [special.begin, special.user, *user, special.end, special.assistant]
+            astray = self._astray(int(self._rng.integers(8, 250)))
+            ids += [*asked, *astray, special.end]
+            late = max(0, len(astray) - ANSWER_LIMIT)
+            targets += [IGNORE] * (len(asked) + len(astray) - late) + [special.end] * (late + 1)
+        return np.array(ids[:length], dtype=np.int64), np.array(targets[1 : length + 1], dtype=np.int64)
+
     def long_chat(self, length: int) -> Row:
         """One conversation whose user turn fills the row; it ends with the answer."""
         answer = self._answer_from(int(self._rng.integers(len(self._opening))))
@@ -178,6 +195,15 @@ class Samples:
         phrase: Ids = self._stretch(int(self._rng.integers(1, 9))).tolist()
         length = int(self._rng.integers(max(4, 2 * len(phrase)), ANSWER_LIMIT + 1))
         return (phrase * length)[:length]
+
+    def _astray(self, length: int) -> Ids:
+        """An answer as the model would write it when it has lost its way: a loop, a list, noise, or endless prose."""
+        draw = self._rng.random()
+        if draw < 0.3:
+            return (self._loop() * length)[:length]
+        if draw < 0.5:
+            return self._encode(self._fact_list(24))[:length]
+        return self._user_text(length)
 
     def _question(self) -> tuple[Ids, Ids]:
         lines, name, value = self._facts(int(self._rng.integers(2, 12)))

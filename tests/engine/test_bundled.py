@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def bundled() -> Checkpoint:
 def answer(checkpoint: Checkpoint, text: str, params: SamplingParams) -> Iterator[int]:
     """Tokens of an answer, the end token not among them."""
     chunk = checkpoint.tokenizer.encode_chat([{"role": "user", "content": text}], None)
-    sampler = Sampler(params, checkpoint.config.vocab_size)
+    sampler = Sampler(
+        replace(params, min_tokens=checkpoint.defaults.min_tokens), checkpoint.config.vocab_size, checkpoint.eos_ids
+    )
     cache = ContiguousCache(checkpoint.config, len(chunk) + LIMIT, dtype=checkpoint.dtype, device=checkpoint.device)
     start = 0
     while True:
@@ -69,7 +72,7 @@ def test_answers_to_real_prompts_end(bundled: Checkpoint) -> None:
         trace = data_dir() / "traces" / "sharegpt_timed.jsonl.gz"
     except DataError as absent:
         pytest.skip(str(absent))
-    rows = itertools.islice(read_rows(trace), 0, 400, 20)
+    rows = itertools.islice(read_rows(trace), 0, 400, 40)
     lengths = [length(bundled, row["prompt"], SamplingParams(temperature=t)) for row in rows for t in (0.0, 1.0)]
     assert min(lengths) > 0
     assert max(lengths) < LIMIT

@@ -76,3 +76,8 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(scores: Tensor, top_p: floa
     # Without its least likely member the set would not reach the mass.
     assert float(chosen.sum() - chosen.min()) <= top_p + 1e-4
     assert float(probabilities[kept == 0].max()) <= float(chosen.min()) if bool((kept == 0).any()) else True
+
+
+def test_end_tokens_wait_for_the_shortest_answer() -> None:
+    sampler = Sampler(SamplingParams(temperature=0.0, min_tokens=2), len(SCORES), ends=(0, 1))
+    assert [sampler.draw(SCORES).token for _ in range(3)] == [2, 2, 0]
