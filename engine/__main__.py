@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import CheckpointError
@@ -97,6 +98,9 @@ def usable_cores() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine; returns the exit code."""
     settings = parse(sys.argv[1:] if arguments is None else arguments)
+    if find_spec("torch") is None:
+        print("hitpath engine: torch is not installed (pip install 'hitpath[engine]')", file=sys.stderr)
+        return 2
     if settings.parent_pid is not None:
         threading.Thread(target=_follow, args=(settings.parent_pid, settings.grace), daemon=True).start()
     try:

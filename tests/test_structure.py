@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_the_gateway_process_has_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_embedder_reports_to_nobody(tmp_path: Path) -> None:
+    program = "import gateway.embedding.minilm, onnxruntime; onnxruntime.InferenceSession"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def members(base: type[Any]) -> Iterator[type[Any]]:

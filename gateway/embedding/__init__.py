@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
 from cachestore.entry import Vector
+
+# onnxruntime keeps a device id and a database of events below the home directory unless it is told not to, and it reads
+# this only once, when it is imported. A gateway does not report on its users.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @dataclass(frozen=True, slots=True)

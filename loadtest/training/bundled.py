@@ -2,8 +2,7 @@
 
 A Llama-layout decoder of 5.4 million parameters over a byte-level BPE of 4 096 tokens, from public-domain books alone.
 Short rows with exact repeats until copying appears, longer mixed rows, a few very long ones so that a long prompt does
-not keep an answer from ending, and a last part on answers gone astray, which must end all the same. About half an hour
-on two cores with bfloat16 instructions.
+not keep an answer from ending, and a last part on answers gone astray, which must end all the same.
 """
 
 from __future__ import annotations
