@@ -52,7 +52,7 @@ def test_imports_go_one_way(package: str) -> None:
             if top not in PACKAGES or top == package:
                 continue
             allowed = any(name == prefix or name.startswith(f"{prefix}.") for prefix in ALLOWED[package])
-            assert allowed or name == "cachestore" and "cachestore.kv" in ALLOWED[package], f"{path}: {name}"
+            assert allowed or (name == "cachestore" and "cachestore.kv" in ALLOWED[package]), f"{path}: {name}"
             assert not (package == "gateway" and name.startswith("cachestore.kv")), f"{path}: {name}"
 
 
