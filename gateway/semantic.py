@@ -71,7 +71,7 @@ class SemanticRoom:
             return Looked((decided or self._table.fallback()).under(controls), Miss.EMBEDDER_FAILED)
         policy = (decided or self._classify(embedding.vector)).under(controls)
         if policy.mode is not Mode.SEMANTIC:
-            return Looked(policy, Miss.NOT_COMPARABLE)
+            return Looked(policy, Miss.ABSENT)
         if embedding.truncated:
             # Two long texts that differ only behind the window would look identical.
             return Looked(policy, Miss.TEXT_TOO_LONG)

@@ -331,14 +331,19 @@ def secret(variable: str | None, *, key: str) -> str | None:
     return value
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+"""The tag of `<<`, which takes over another mapping's keys and may stand beside itself."""
+
+
 class _LoudLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        nodes = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
         for position, key in enumerate(keys):
             if key in keys[:position]:
-                mark = node.value[position][0].start_mark
+                mark = nodes[position].start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", mark)
         return dict(super().construct_mapping(node, deep=deep))
 

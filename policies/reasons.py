@@ -18,7 +18,6 @@ class Miss(StrEnum):
     BELOW_THRESHOLD = "below-threshold"
     NO_NEIGHBOUR = "no-neighbour"
     JUDGE_REFUSED = "judge-refused"
-    NOT_COMPARABLE = "not-comparable"
     TEXT_TOO_LONG = "text-too-long"
     LOADING = "loading"
     EMBEDDER_FAILED = "embedder-failed"

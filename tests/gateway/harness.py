@@ -92,7 +92,9 @@ def settings_for(data_dir: Path, *upstreams: ScriptedUpstream | str, **groups: A
 async def serving(settings: Settings) -> AsyncIterator[Client]:
     """Run a gateway for the length of a block, and see that nothing is left behind."""
     async with open_gateway(settings) as gateway:
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         server = uvicorn.Server(server_config(gateway.app))
         running = asyncio.create_task(server._serve(sockets=[listener]))
         try:

@@ -75,7 +75,9 @@ def url(gateway: Gateway) -> Iterator[str]:
     app = Starlette(
         routes=[Route("/v1/models", gateway.models), Route("/v1/chat/completions", gateway.chat, methods=["POST"])]
     )
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
