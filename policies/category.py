@@ -50,7 +50,7 @@ _CAUTION: Mapping[str, Mapping[str, Any]] = {
     "assistant": {"ttl": 3600.0},
     "code": {"threshold": 0.92},
     "conversation": {"threshold": 0.92},
-    "finance": {"threshold": 0.95, "ttl": 300.0},
+    "finance": {"threshold": 0.95, "ttl": 3600.0},
     "general": {},
     "math": {"mode": Mode.EXACT},
     "medical": {"threshold": 0.95},

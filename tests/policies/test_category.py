@@ -24,7 +24,7 @@ def test_built_in_caution_only_makes_the_default_stricter() -> None:
     loose = CategoryTable(CategoryPolicy("default", threshold=0.5, ttl=1e9), {}).policies
     strict = CategoryTable(CategoryPolicy("default", threshold=0.99, ttl=1.0, mode=Mode.OFF), {}).policies
     assert loose["finance"].threshold == 0.95
-    assert loose["finance"].ttl == 300
+    assert loose["finance"].ttl == 3600
     assert loose["general"].threshold == 0.5
     assert all(policy.threshold == 0.99 and policy.ttl == 1.0 for policy in strict.values())
     assert all(policy.mode is Mode.OFF for policy in strict.values())
