@@ -147,8 +147,8 @@ async def test_only_if_cached_never_generates(client: Client, upstream: Scripted
 async def test_stale_if_error_serves_what_has_expired_only_when_the_backend_fails(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    first = await client.chat("hello", x_hitpath_ttl="10ms")
-    await asyncio.sleep(0.03)
+    first = await client.chat("hello", x_hitpath_ttl="100ms")
+    await asyncio.sleep(0.15)
     upstream.script(error_reply(503))
     stale = await client.chat("hello", cache_control="stale-if-error=60")
     assert stale.body == first.body
