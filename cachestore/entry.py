@@ -50,6 +50,8 @@ class Hit:
     endpoint: str
     upstream: str
     text: str
+    cost: float
+    """Seconds that generating took."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,22 +100,23 @@ def answer_sum(
     return _sum(key, scope, category, created, expires, endpoint, upstream, int(packed), text, body)
 
 
-AnswerColumns = tuple[int, bytes, bytes, str, float, float, str, str, int, int, str, bytes]
-ANSWER_COLUMNS = "id, key, scope, category, created, expires, endpoint, upstream, packed, answer_sum, text, body"
+AnswerColumns = tuple[int, bytes, bytes, str, float, float, str, str, int, int, str, bytes, float]
+ANSWER_COLUMNS = "id, key, scope, category, created, expires, endpoint, upstream, packed, answer_sum, text, body, cost"
 
 
 def decode_answer(columns: AnswerColumns) -> Hit:
     """A stored answer from `ANSWER_COLUMNS`. Raises RowDamaged."""
-    id_, key, scope, category, created, expires, endpoint, upstream, packed, expected, text, body = columns
+    id_, key, scope, category, created, expires, endpoint, upstream, packed, expected, text, body, cost = columns
     try:
         found = answer_sum(key, scope, category, created, expires, endpoint, upstream, bool(packed), text, body)
         if found != expected:
             raise RowDamaged(f"entry {id_}: checksum {found:08x} instead of {expected:08x}")
         whole = unpack(body) if packed else body
+        saved = float(cost)
     except (TypeError, AttributeError, ValueError, zstandard.ZstdError) as error:
         # A damaged record header can turn a column into another type.
         raise RowDamaged(f"entry {id_}: {error}") from error
-    return Hit(id_, whole, created, expires, category, endpoint, upstream, text)
+    return Hit(id_, whole, created, expires, category, endpoint, upstream, text, saved)
 
 
 def decode_vector(

@@ -329,7 +329,17 @@ class Store:
             id, row.key, row.scope, row.category, row.expires, row.cost, row.size, 0, row.created, document.vector
         )
         self._view.remember(entry, now)
-        hit = Hit(id, document.body, row.created, row.expires, row.category, row.endpoint, row.upstream, row.text)
+        hit = Hit(
+            id,
+            document.body,
+            row.created,
+            row.expires,
+            row.category,
+            row.endpoint,
+            row.upstream,
+            row.text,
+            row.cost,
+        )
         self._view.keep_hot(row.key, hit, now)
         self._stored += 1
         self._unpoured.set()

@@ -55,12 +55,6 @@ class AuthenticationError(ApiError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
-class ForbiddenError(ApiError):
-    """The key does not open this door."""
-
-    status, type, code = 403, "permission_error", "forbidden"
-
-
 class UnknownModelError(ApiError):
     """No upstream serves the model."""
 
@@ -103,16 +97,16 @@ class BackendUnreachableError(ApiError):
     status, type, code = 502, "backend_error", "backend_unreachable"
 
 
+class NotReadyError(BackendUnreachableError):
+    """The bundled engine is being started again."""
+
+    status, type, code = 503, "backend_error", "backend_not_ready"
+
+
 class BackendBrokenError(ApiError):
     """The backend broke off, or what it sent cannot be read."""
 
     status, type, code = 502, "backend_error", "backend_broken"
-
-
-class NotReadyError(ApiError):
-    """The bundled engine is being started again."""
-
-    status, type, code = 503, "backend_error", "backend_not_ready"
 
 
 class BackendTimeoutError(ApiError):

@@ -47,21 +47,23 @@ class Metrics:
             "hitpath_client_disconnects", "Clients gone before their answer.", registry=self.registry
         )
         self._in_flight = Gauge("hitpath_flights", "Generations under way.", registry=self.registry)
-        self._hits: dict[tuple[str, str, str], Callable[[], None]] = {}
+        self._hits: dict[tuple[str, str, str], Callable[[float], None]] = {}
 
-    def hit(self, endpoint: str, kind: str, category: str) -> None:
-        """Count a hit; `kind` is exact, semantic or stale."""
+    def hit(self, endpoint: str, kind: str, category: str, saved: float) -> None:
+        """Count a hit; `kind` is exact, semantic or stale, `saved` the seconds of generation it stands for."""
         count = self._hits.get((endpoint, kind, category))
         if count is None:
             by_endpoint = self._requests.labels(endpoint, f"hit_{kind}")
             by_category = self._categories.labels(category, kind)
+            seconds = self._saved.labels(category)
 
-            def count() -> None:
+            def count(saved: float) -> None:
                 by_endpoint.inc()
                 by_category.inc()
+                seconds.inc(saved)
 
             self._hits[endpoint, kind, category] = count
-        count()
+        count(saved)
 
     def miss(self, endpoint: str, reason: Miss | Bypass, *, collapsed: bool) -> None:
         """Count a call that went on to a backend, or joined one that had."""

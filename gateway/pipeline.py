@@ -83,7 +83,8 @@ class Pipeline:
 
     async def answer_hit(self, plan: Plan, hit: Hit, respond: Responder, *, detail: str = "exact") -> None:
         """Serve a stored answer in the form that the client asked for."""
-        self._metrics.hit(plan.call.endpoint, "stale" if detail.startswith("stale") else detail, hit.category)
+        kind = "stale" if detail.startswith("stale") else detail
+        self._metrics.hit(plan.call.endpoint, kind, hit.category, hit.cost)
         await self._answering.hit(plan, hit, respond, detail, None)
 
     async def answer(self, plan: Plan, respond: Responder) -> None:
@@ -193,7 +194,7 @@ class Pipeline:
         ride = Ride(plan, passenger, respond, reason, joined)
         match head:
             case Found():
-                self._metrics.hit(plan.call.endpoint, "semantic", head.hit.category)
+                self._metrics.hit(plan.call.endpoint, "semantic", head.hit.category, head.hit.cost)
                 await self._answering.hit(plan, head.hit, respond, "semantic", head.looked)
             case Generated():
                 await self._answering.generated(ride, head)

@@ -22,6 +22,7 @@ from gateway.errors import (
     BackendTimeoutError,
     BackendUnreachableError,
     BadRequestError,
+    NotReadyError,
     UnknownModelError,
 )
 from gateway.settings import Timeouts, Upstream, secret
@@ -160,6 +161,8 @@ class Backend:
 
     def _unreachable(self, error: Exception) -> BackendUnreachableError:
         self.down_until = time.monotonic() + _COOL_DOWN
+        if self.uds is not None:
+            return NotReadyError(f"the engine of upstream {self.name} is being started again", retry_after=_COOL_DOWN)
         return BackendUnreachableError(f"upstream {self.name} cannot be reached: {_reason(error)}")
 
     async def _request(self, ask: Ask) -> aiohttp.ClientResponse:

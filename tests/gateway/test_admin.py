@@ -106,4 +106,8 @@ async def test_health_readiness_and_metrics(admin: Client) -> None:
     assert 'hitpath_requests_total{endpoint="chat",outcome="hit_exact"} 1.0' in text
     assert 'hitpath_errors_total{code="invalid_request"} 1.0' in text
     assert 'hitpath_store_entries{of=""} 1.0' in text
+    saved = next(
+        line for line in text.splitlines() if line.startswith('hitpath_saved_seconds_total{category="general"}')
+    )
+    assert float(saved.split()[1]) > 0
     assert 'hitpath_upstream_seconds_count{upstream="up0"} 1.0' in text

@@ -15,6 +15,7 @@ from gateway.errors import (
     BackendTimeoutError,
     BackendUnreachableError,
     BadRequestError,
+    NotReadyError,
     UnknownModelError,
 )
 from gateway.settings import SettingsError, Timeouts, Upstream
@@ -236,7 +237,7 @@ async def test_a_backend_behind_a_unix_socket(tmp_path: Path) -> None:
         assert (status, upstream.exchanges[0].path) == (200, "/v1/x")
         await backend.close()
     gone = open_backend(setting, uds=path, hides_client_key=False)
-    with pytest.raises(BackendUnreachableError, match="upstream engine cannot be reached"):
+    with pytest.raises(NotReadyError, match="engine of upstream engine is being started again"):
         await exchange(gone, ask())
     await gone.close()
 
