@@ -89,6 +89,8 @@ class BlockManager:
         self._refs = [0] * total
         self._entries: list[_Entry | None] = [None] * total
         self._index: dict[bytes, int] = {}
+        self._coming: dict[bytes, Sequence] = {}
+        """Blocks that will be known when a prompt now being computed is, and whose prompt."""
         self._live: set[Sequence] = set()
         self._copies: list[tuple[int, int]] = []
         self._removed: list[bytes] = []
@@ -128,6 +130,15 @@ class BlockManager:
             known += 1
         return min(known * self.size, len(sequence.tokens) - 1)
 
+    def coming(self, sequence: Sequence, known: int) -> bool:
+        """Whether the first block not known of it is being computed for another. `known`: from an earlier `lookup`."""
+        if not _may_reuse(sequence):
+            return False
+        for name in self._names(sequence, known // self.size):
+            if name not in self._index:
+                return name in self._coming
+        return False
+
     def admit(self, sequence: Sequence, *, spare: int = 0) -> bool:
         """Give it blocks for all its tokens, known ones where there are any, and set `computed` accordingly.
 
@@ -138,6 +149,9 @@ class BlockManager:
         computed = min(len(known) * self.size, len(sequence.tokens) - 1)
         if not self._attach(sequence, known[: self.covering(computed)], computed, spare):
             return False
+        for name in self._names(sequence, sequence.committed):
+            if name not in self._index:
+                self._coming.setdefault(name, sequence)
         if not sequence.preemptions:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += computed
@@ -187,8 +201,8 @@ class BlockManager:
         if full <= first:
             return
         hashes = sequence.hashes
-        for _ in zip(range(full), self._names(sequence), strict=False):
-            pass  # names all full blocks
+        for _, name in zip(range(first, full), self._names(sequence, first), strict=False):
+            self._coming.pop(name, None)
         # Where others' equal blocks were known, and were forgotten since, its own take their place.
         while first and hashes[first - 1] not in self._index:
             first -= 1
@@ -208,6 +222,9 @@ class BlockManager:
         """Take all its blocks from it; registered ones stay cached, the end of the prompt to be reused first."""
         for block in reversed(sequence.table):
             self._drop(block)
+        for name in sequence.hashes[sequence.committed :]:
+            if self._coming.get(name) is sequence:
+                del self._coming[name]
         sequence.table, sequence.computed, sequence.committed = [], 0, 0
         self._live.discard(sequence)
 
@@ -216,6 +233,7 @@ class BlockManager:
         self._free.extend(self._idle)
         self._idle.clear()
         self._index.clear()
+        self._coming.clear()
         self._entries = [None] * self.total
         for sequence in self._live:
             sequence.committed = _NEVER
@@ -249,6 +267,8 @@ class BlockManager:
         for block in self._idle:
             if self._entries[block] is None:
                 raise Inconsistent(f"block {block} is cached and not registered")
+        if not self._live.issuperset(self._coming.values()):
+            raise Inconsistent("blocks are expected of a sequence that was released")
         for sequence in self._live:
             self._check_table(sequence)
 
@@ -262,14 +282,15 @@ class BlockManager:
             if entry is not None and entry.tokens != tuple(sequence.tokens[start : start + self.size]):
                 raise Inconsistent(f"block {block} is registered with other tokens than those of its sequence")
 
-    def _names(self, sequence: Sequence) -> Iterator[bytes]:
-        """The hashes of its full blocks, each computed when it is first asked for."""
+    def _names(self, sequence: Sequence, start: int = 0) -> Iterator[bytes]:
+        """The hashes of its full blocks from `start` on, each computed when it is first asked for."""
         hashes, tokens, size = sequence.hashes, sequence.tokens, self.size
-        for place in range(len(tokens) // size):
+        for place in range(min(start, len(hashes)), len(tokens) // size):
             if place == len(hashes):
                 parent = hashes[-1] if hashes else origin(self._root, sequence.tenant, sequence.salt)
                 hashes.append(self._digest(parent, tokens[place * size : place * size + size]))
-            yield hashes[place]
+            if place >= start:
+                yield hashes[place]
 
     def _match(self, sequence: Sequence) -> list[int]:
         """The registered blocks that hold its leading tokens."""
@@ -280,8 +301,9 @@ class BlockManager:
             if block is None:
                 break
             start = len(blocks) * self.size
+            entry, tokens = self._entries[block], tuple(sequence.tokens[start : start + self.size])
             # A hash is only a hint where to look.
-            if self._entries[block] != _Entry(name, parent, tuple(sequence.tokens[start : start + self.size])):
+            if entry is None or entry.parent != parent or entry.tokens != tokens:
                 break
             blocks.append(block)
             parent = name

@@ -12,6 +12,7 @@ Guaranteed
 - A sequence that has waited for `patience` seconds is overtaken no more: only preempted ones, and those that arrived
   before it and are overdue as well, are admitted before it. So it is admitted at the latest when all that run by then
   have ended. (Not counted is a child while it waits for the prompt of its parent.)
+- What several wait for is computed once: a sequence lets a running one compute the prefix they share, unless overdue.
 - Until then the tenant that has been served least is next, measured in tokens computed for it; within a tenant the
   order is that of predicted cost plus time of arrival.
 """
@@ -41,9 +42,9 @@ SPARE = 0.01
 """Share of the pool that stays available after an admission, so that it does not at once lead to a preemption."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen: one is built for every token, and freezing would treble what that costs
 class Chunk:
-    """Tokens `start` to `start + count` of a sequence, to be computed in this step."""
+    """Tokens `start` to `start + count` of a sequence, to be computed in this step. Not to be changed."""
 
     sequence: Sequence
     start: int
@@ -375,13 +376,18 @@ class Scheduler:
         self._refresh(tenant)
         for entry in tuple(tenant.queue):
             sequence = entry.sequence
-            if not _held(sequence) and (_forks(sequence) or self._seems_to_fit(entry)):
+            if not _held(sequence) and (_forks(sequence) or self._is_ready(entry)):
                 yield sequence
 
-    def _seems_to_fit(self, entry: _Waiting) -> bool:
-        """By what was last known of its hits; keeps look-ups away from the many that do not fit."""
+    def _is_ready(self, entry: _Waiting) -> bool:
+        """It seems to fit, and what it needs next is not being computed already: then it waits for that.
+
+        Goes by what was last known of its hits, which keeps look-ups away from the many that do not fit.
+        """
         wanted = self._blocks.covering(len(entry.sequence.tokens) - entry.hit)
-        return wanted <= self._blocks.available() - (self._spare if self._running else 0)
+        if wanted > self._blocks.available() - (self._spare if self._running else 0):
+            return False
+        return not self._blocks.coming(entry.sequence, entry.hit)
 
     def _refresh(self, tenant: _Tenant) -> None:
         for entry in tenant.queue[:FRESH_COSTS]:
@@ -424,9 +430,9 @@ class Scheduler:
 
 
 def _held(sequence: Sequence) -> bool:
-    """It waits for its parent's prompt to be computed."""
+    """It waits for its parent's prompt to be computed; again, where the parent was preempted: it comes back first."""
     parent = sequence.parent
-    if parent is None or sequence.fresh or sequence.preemptions or parent.preemptions:
+    if parent is None or sequence.fresh:
         return False
     return parent.state is not State.FINISHED and parent.computed < len(parent.prompt)
 

@@ -95,6 +95,51 @@ def test_the_cheaper_goes_first_and_what_is_known_is_cheap() -> None:
     assert engine.admitted[1:] == [known, small, large]
 
 
+def test_what_several_wait_for_is_computed_once() -> None:
+    engine = Engine(total=200, token_budget=64, max_running=8)
+    shared = unlike(40)
+    rows = [sequence([*shared, *unlike(3)], max_tokens=1) for _ in range(6)]
+    other = sequence(unlike(5), max_tokens=1)
+    engine.add(*rows, other)
+    first = engine.step()
+    assert first is not None
+    assert {chunk.sequence for chunk in first.chunks} == {rows[0], other}
+    second = engine.step()
+    assert second is not None
+    assert [(chunk.start, chunk.count) for chunk in second.chunks] == [(40, 3)] * 5
+
+
+def test_the_overdue_compute_for_themselves() -> None:
+    engine = Engine(total=200, token_budget=30, patience=1.0)
+    rows = [sequence(range(40)) for _ in range(2)]
+    engine.add(rows[0])
+    engine.step()
+    engine.add(rows[1])
+    engine.now += 5
+    engine.step()
+    assert rows[1].state is State.RUNNING
+    engine.run()
+
+
+@pytest.mark.parametrize("end", ["cancel", "clear"])
+def test_nobody_waits_for_what_will_not_come(end: str) -> None:
+    engine = Engine(total=200, token_budget=10)
+    rows = [sequence(range(40)) for _ in range(2)]
+    engine.add(*rows)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.depth() == (1, 1)
+    if end == "cancel":
+        engine.scheduler.cancel(rows[:1])
+    else:
+        engine.blocks.clear()
+        for _ in range(3):
+            engine.step()
+    engine.step()
+    assert rows[1] in engine.admitted
+    engine.run()
+
+
 def test_age_counts() -> None:
     engine = Engine(total=200, max_running=1, token_budget=16, patience=100.0)  # a second weighs 2.56 tokens
     engine.add(sequence(unlike(4), max_tokens=30))
@@ -277,7 +322,7 @@ def test_children_survive_their_parent(when: int) -> None:
     assert (parent.state, child.drawn) == (State.FINISHED, 4)
 
 
-def test_children_of_a_preempted_parent_do_not_wait_for_it() -> None:
+def test_children_of_a_preempted_parent_get_their_turn() -> None:
     engine = Engine(total=6, size=2, max_running=2)
     first = sequence(unlike(3), max_tokens=9)
     prompt = unlike(4)
@@ -297,6 +342,16 @@ def test_a_fresh_child_computes_its_prompt() -> None:
     engine.add(parent, child)
     engine.run()
     assert (parent.cached, child.cached) == (0, 0)
+
+
+def test_children_wait_for_the_prompt_even_when_overdue() -> None:
+    engine = Engine(token_budget=8, patience=1.0)
+    parent = sequence(range(14))
+    child = sequence(range(14), parent=parent)
+    engine.add(parent, child)
+    engine.now += 10
+    chunks = [chunk for step in iter(engine.step, None) for chunk in step.chunks]
+    assert next((c.start, c.count) for c in chunks if c.sequence is child) == (13, 1)
 
 
 def test_an_overdue_child_of_a_later_parent_blocks_nobody() -> None:
