@@ -1,7 +1,8 @@
 """From scores to the next tokens of all answers of a step.
 
 Nothing here keeps a generator: the number that decides token i of an answer is a hash of its seed and i. So a seed
-gives the same answer whatever else is in the batch, and an answer that was set back and computed again goes on as before.
+gives the same answer whatever else is in the batch, and an answer that was set back and computed again goes on as
+before.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    """Positive scores of tokens seen in prompt or answer are divided by it, negative ones multiplied (CTRL, section 4.1)."""
+    """Scores of tokens seen in prompt or answer are divided by it where positive, else multiplied (CTRL, 4.1)."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     min_tokens: int = 0

@@ -64,11 +64,11 @@ class AttentionBackend(Protocol):
     name: str
 
     def plan(self, packed: Packed, window: int | None, block_size: int) -> Any:
-        """Prepare one step for layers with this sliding window; called once per step and window, its result per layer."""
+        """Prepare one step for layers with this sliding window; its result is used for all of them."""
         ...
 
     def attend(self, queries: Tensor, pool: LayerPool, plan: Any, fresh: tuple[Tensor, Tensor]) -> Tensor:
-        """[N, H, D] to [N, H, D], a contiguous tensor. A query sees keys at positions ≤ its own, nearer than the window.
+        """[N, H, D] to [N, H, D], contiguous. A query sees keys at positions ≤ its own, nearer than the window.
 
         Keys and values of the new tokens are in the pool already; `fresh` has them packed as well, each [N, K, D].
         """

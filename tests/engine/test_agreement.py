@@ -25,10 +25,10 @@ from tests.engine.test_families import CASES
 STEPS = 64
 PREFIX = [(i * 37) % 256 for i in range(3 * BLOCK_SIZE)]
 PROMPTS = (
-    PREFIX[:40] + [9],
-    PREFIX[:40] + [77, 3, 5],
+    [*PREFIX[:40], 9],
+    [*PREFIX[:40], 77, 3, 5],
     PREFIX,
-    PREFIX + list(range(60, 90)),
+    [*PREFIX, *range(60, 90)],
     [5],
     list(range(20, 37)),
 )
