@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -73,7 +73,7 @@ Event = Prompted | Progress | Finished | Failed
 Happened = list[tuple["Job", Event]]
 
 
-class AnswerGuide(Guide):
+class AnswerGuide(Guide, Protocol):
     """Rules which tokens may come next, told of every token that came."""
 
     def advance(self, token: int) -> None:
