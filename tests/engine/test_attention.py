@@ -13,9 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
 
 from engine.attention import AttentionBackend
 from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend
 from tests.engine.paged import Layout, Sample, Shape, expected, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +40,44 @@ def triton(shape: Shape) -> AttentionBackend:
     return cast(AttentionBackend, backend)
 
 
-BACKENDS = [sdpa, triton]
+def varlen(shape: Shape) -> AttentionBackend:
+    return VarlenBackend(documented_varlen)
+
+
+def documented_varlen(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: None,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+) -> Tensor:
+    """What torch documents of its `varlen_attn` with block tables: the newest keys belong to the newest queries."""
+    assert enable_gqa
+    assert window_size[1] == 0
+    out = torch.empty_like(queries)
+    for index, total in enumerate(seqused_k.tolist()):
+        rows = slice(int(cu_seq_q[index]), int(cu_seq_q[index + 1]))
+        count = rows.stop - rows.start
+        assert count <= max_q
+        assert total <= max_k
+        at = torch.arange(total, device=queries.device)
+        distance = at[total - count :, None] - at[None]
+        mask = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        own = [part[block_table[index].long()].flatten(0, 1)[:total] for part in (keys, values)]
+        q, k, v = (part.transpose(0, 1)[None] for part in (queries[rows], *own))
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        out[rows] = seen[0].transpose(0, 1)
+    return out
+
+
+BACKENDS = [sdpa, varlen, triton]
 Make = Callable[[Shape], AttentionBackend]
 
 

@@ -1,0 +1,138 @@
+"""Which attention backend serves: the fastest that gives, here and for this model, what the plain one gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBackend, LayerPool, Packed, varlen
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import Unavailable
+from engine.config import ModelConfig
+
+log = logging.getLogger("hitpath.engine")
+
+Attention = Literal["auto", "sdpa", "triton", "varlen"]
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative error, ‖seen - expected‖ / ‖expected‖."""
+
+
+def choose(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device, block_size: int, wanted: Attention = "auto"
+) -> AttentionBackend:
+    """The backend that was asked for, or with `auto` the first of varlen, triton and sdpa that proves itself.
+
+    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is sdpa.
+    Raises Unavailable where the one asked for by name cannot serve.
+    """
+    if wanted == "auto" and device.type != "cuda":
+        return SdpaBackend()
+    candidates: tuple[Attention, ...] = ("varlen", "triton") if wanted == "auto" else (wanted,)
+    for name in candidates:
+        try:
+            backend = _make(name, config, dtype, device)
+            if name != "sdpa":
+                prove(backend, config, dtype=dtype, device=device, block_size=block_size)
+        except Unavailable as error:
+            if wanted != "auto":
+                raise Unavailable(f"attention backend {name!r} cannot be used: {error}") from error
+            log.info("attention backend %s is not used: %s", name, error)
+        else:
+            return backend
+    log.warning("attention runs on the plain backend, which is slow on %s; the lines before say why", device)
+    return SdpaBackend()
+
+
+def prove(
+    backend: AttentionBackend, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> None:
+    """Compare with the plain twin on random steps of the model's shape. Raises Unavailable where they differ."""
+    for packed, pool, queries, fresh in _trials(config, dtype, device, block_size):
+        for window in dict.fromkeys(config.windows):
+            plain = SdpaBackend()
+            expected = plain.attend(queries, pool, plain.plan(packed, window, block_size), fresh).float()
+            # Whatever a kernel, its compiler or its driver raises, there is another backend.
+            try:
+                seen = backend.attend(queries, pool, backend.plan(packed, window, block_size), fresh).float()
+                error = float((seen - expected).norm() / expected.norm())
+            except Exception as failure:
+                raise Unavailable(f"{type(failure).__name__}: {failure}") from failure
+            if not error < _TOLERANCE[dtype]:
+                mix = f"{len(packed.counts)} sequences, up to {max(packed.totals)} tokens, window {window}"
+                raise Unavailable(f"it differs from the plain backend by {error:.2g} ({mix})")
+
+
+def _make(name: Attention, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    match name:
+        case "sdpa" | "auto":
+            return SdpaBackend()
+        case "varlen":
+            return varlen.find(dtype=dtype, device=device)
+        case "triton":
+            return _triton()(
+                heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
+            )
+        case _ as never:
+            assert_never(never)
+
+
+def _triton() -> Callable[..., AttentionBackend]:
+    try:
+        from engine.attention.triton import TritonBackend
+    except ImportError as error:
+        raise Unavailable(f"triton is not installed: {error}") from error
+    return TritonBackend
+
+
+_Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
+
+
+def _trials(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> Iterator[_Trial]:
+    """Steps that reach every kernel: prompts beside decodes, one long decode, and very many short ones."""
+    for mix in (
+        [(0, 70), (2 * block_size, 1), (block_size + 1, 33)],
+        [(1500, 1)],
+        [(block_size, 1)] * 300,
+    ):
+        yield _trial(mix, config, dtype, device, block_size)
+
+
+def _trial(
+    mix: list[tuple[int, int]], config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int
+) -> _Trial:
+    """Sequences of (tokens in the pool, new tokens), over a pool of random numbers with their blocks in disorder."""
+    generator = torch.Generator().manual_seed(0)
+    counts = tuple(count for _, count in mix)
+    totals = tuple(before + count for before, count in mix)
+    width = -(-max(totals) // block_size)
+    tables = torch.randperm(len(mix) * width, generator=generator).view(len(mix), width)
+    positions = torch.cat([torch.arange(total - count, total) for count, total in zip(counts, totals, strict=True)])
+    owners = torch.repeat_interleave(torch.arange(len(mix)), torch.tensor(counts))
+    slots = tables[owners, positions // block_size] * block_size + positions % block_size
+    ends = list(accumulate(counts))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    pool_shape = (len(mix) * width, block_size, config.kv_heads, config.head_dim)
+    pool = LayerPool(random(*pool_shape), random(*pool_shape))
+    turned = random(len(positions), config.heads + config.kv_heads, config.head_dim)
+    fresh = (turned[:, config.heads :], random(len(positions), config.kv_heads, config.head_dim))
+    pool.write(slots.to(device), *fresh)
+    packed = Packed(
+        ids=torch.zeros_like(positions).to(device),
+        positions=positions.to(device),
+        slots=slots.to(device),
+        tables=tables.to(device, torch.int32),
+        starts=torch.tensor([0, *ends], dtype=torch.int32, device=device),
+        lengths=torch.tensor(totals, dtype=torch.int32, device=device),
+        counts=counts,
+        totals=totals,
+        drawing=torch.tensor([end - 1 for end in ends], device=device),
+    )
+    return packed, pool, turned[:, : config.heads], fresh
