@@ -81,6 +81,8 @@ class StreamOptions(_Closed):
 
     include_usage: bool | None = None
     include_obfuscation: Anything = None
+    continuous_usage_stats: Anything = None
+    """Load tools ask for counts in every chunk and read those of the last one as well."""
 
 
 class JsonSchema(_Closed):

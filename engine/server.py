@@ -297,6 +297,7 @@ class Engine:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/healthz", self._healthz),
+                Route("/health", self._healthz),  # where tools made for vLLM look
                 Route("/metrics", self._show_metrics),
             ],
             exception_handlers={HTTPException: _not_found, RequestError: self._refused},
