@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from engine.attention import AttentionBackend, KvPool, LayerPool, Packed
 from engine.config import ModelConfig
-from engine.rope import Rope, rotate
+from engine.ops import Ops, PlainOps
+from engine.rope import Rope
 
 linear = functional.linear
 
@@ -138,19 +139,23 @@ class Decoder:
         self.config, self.weights = config, weights
         self.rope = Rope(config.rope, config.head_dim, config.max_positions, device=weights.embedding.device)
         self._heads = (config.heads, config.kv_heads)
+        self.ops: Ops = PlainOps()
+        """The small steps between matrix products; whoever starts on a GPU may put the fused twin here."""
 
     def forward(self, packed: Packed, pool: KvPool, backend: AttentionBackend) -> Tensor:
         """Hidden states [R, E] of the rows `packed.drawing`; keys and values of all N tokens go to the pool."""
         plans = {w: backend.plan(packed, w, pool.block_size) for w in dict.fromkeys(self.config.windows)}
         dtype = self.weights.embedding.dtype
         cos, sin = (angle.to(dtype) for angle in self.rope(packed.positions, packed.spans))
-        x = functional.embedding(packed.ids, self.weights.embedding)
+        eps, rows = self.config.norm_eps, packed.drawing
+        x, delta = functional.embedding(packed.ids, self.weights.embedding), None
         for layer, window, memory in zip(self.weights.layers, self.config.windows, pool.layers, strict=True):
-            x = x + self._attention(
-                layer, self._norm(x, layer.input_norm), cos, sin, packed, memory, backend, plans[window]
-            )
-            x = x + _mlp(layer, self._norm(x, layer.mlp_norm))
-        return self._norm(x[packed.drawing], self.weights.norm)
+            x, normed = self.ops.add_norm(x, delta, layer.input_norm, eps)
+            delta = self._attention(layer, normed, (cos, sin), packed, memory, backend, plans[window])
+            x, normed = self.ops.add_norm(x, delta, layer.mlp_norm, eps)
+            delta = self._mlp(layer, normed)
+        last = None if delta is None else delta[rows]
+        return self.ops.add_norm(x[rows], last, self.weights.norm, eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [R, V] of hidden states [R, E]."""
@@ -160,8 +165,7 @@ class Decoder:
         self,
         layer: LayerWeights,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        turn: tuple[Tensor, Tensor],
         packed: Packed,
         memory: LayerPool,
         backend: AttentionBackend,
@@ -169,22 +173,13 @@ class Decoder:
     ) -> Tensor:
         heads, kv_heads = self._heads
         mixed = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, -1)
-        turning, values = mixed[:, : heads + kv_heads], mixed[:, heads + kv_heads :]
+        norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
-            turning = torch.cat(
-                (self._norm(turning[:, :heads], layer.query_norm), self._norm(turning[:, heads:], layer.key_norm)),
-                dim=1,
-            )
-        turned = rotate(turning, cos, sin)
-        queries, keys = turned[:, :heads], turned[:, heads:]
-        memory.write(packed.slots, keys, values)
+            norms = (layer.query_norm, layer.key_norm)
+        queries, keys, values = self.ops.turn_write(mixed, turn, norms, self.config.norm_eps, memory, packed.slots)
         seen = backend.attend(queries, memory, plan, (keys, values))
         return linear(seen.view(len(x), -1), layer.output, layer.output_bias)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config.norm_eps)
-
-
-def _mlp(layer: LayerWeights, x: Tensor) -> Tensor:
-    gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return linear(functional.silu(gate) * up, layer.down, layer.down_bias)
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        both = linear(x, layer.gate_up, layer.gate_up_bias)
+        return linear(self.ops.gate(both), layer.down, layer.down_bias)
