@@ -14,6 +14,7 @@ from engine.attention import AttentionBackend, LayerPool, Packed, varlen
 from engine.attention.sdpa import SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig
+from engine.ops import Ops, PlainOps
 
 log = logging.getLogger("hitpath.engine")
 
@@ -46,6 +47,59 @@ def choose(
             return backend
     log.warning("attention runs on the plain backend, which is slow on %s; the lines before say why", device)
     return SdpaBackend()
+
+
+def choose_ops(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The fused small steps on CUDA, if triton is there and they agree with the plain ones; else the plain ones."""
+    if device.type != "cuda":
+        return PlainOps()
+    try:
+        from engine.fused import FusedOps
+
+        prove_ops(FusedOps(), config, dtype=dtype, device=device)
+    except (ImportError, Unavailable) as error:
+        log.warning("small steps are not fused, which slows decoding: %s", error)
+        return PlainOps()
+    return FusedOps()
+
+
+def prove_ops(ops: Ops, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare with the plain steps on random tensors of the model's shape. Raises Unavailable where they differ."""
+    expected = _small_steps(PlainOps(), config, dtype, device)
+    try:
+        seen = _small_steps(ops, config, dtype, device)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(seen, expected, strict=True)]
+    except Exception as failure:
+        raise Unavailable(f"{type(failure).__name__}: {failure}") from failure
+    if not all(error < _TOLERANCE[dtype] for error in errors):
+        raise Unavailable(f"fused steps differ from the plain ones by {', '.join(f'{e:.2g}' for e in errors)}")
+
+
+def _small_steps(ops: Ops, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Everything that the steps return and write, in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    hidden, dim, kv_heads, eps = config.hidden_size, config.head_dim, config.kv_heads, config.norm_eps
+    x, delta, weight = random(3, hidden), random(3, hidden), random(hidden)
+    mixed = random(3, config.heads + 2 * kv_heads, dim)
+    cos, half = random(3, 1, dim // 2), random(3, 1, dim // 2)
+    turn = (torch.cat((cos, cos), dim=-1), torch.cat((-half, half), dim=-1))
+    norms = (random(dim), random(dim)) if config.qk_norm else None
+    memory = LayerPool(*(torch.zeros(2, 4, kv_heads, dim, dtype=dtype, device=device) for _ in range(2)))
+    slots = torch.tensor([1, 6, 2], device=device)
+    both = random(3, 2 * config.intermediate_size)
+    results = [
+        ops.add_norm(x, None, weight, eps)[1],
+        *ops.add_norm(x, delta, weight, eps),
+        *ops.turn_write(mixed, turn, norms, eps, memory, slots),
+        memory.keys,
+        memory.values,
+        ops.gate(both),
+    ]
+    return [result.float() for result in results]
 
 
 def prove(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.attention import LayerPool, Packed
-from engine.attention.choose import choose, prove
+from engine.attention.choose import choose, choose_ops, prove, prove_ops
 from engine.attention.sdpa import Plan, SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig, parse_config
+from engine.ops import PlainOps
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,8 +42,27 @@ class Broken(SdpaBackend):
         raise RuntimeError("no kernel image is available")
 
 
+class Forgetful(PlainOps):
+    """Leaves a gate open."""
+
+    def gate(self, both: Tensor) -> Tensor:
+        return both.chunk(2, dim=-1)[1]
+
+
 def test_a_cpu_gets_the_plain_backend() -> None:
     assert choose(config(), dtype=torch.float32, device=CPU, block_size=16).name == "sdpa"
+    assert isinstance(choose_ops(config(), dtype=torch.float32, device=CPU), PlainOps)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_steps_agree(family: str) -> None:
+    fused = pytest.importorskip("engine.fused", reason="triton is not installed", exc_type=ImportError)
+    prove_ops(fused.FusedOps(), config(model_type=family), dtype=torch.float32, device=CPU)
+
+
+def test_fused_steps_that_differ_are_not_used() -> None:
+    with pytest.raises(Unavailable, match="fused steps differ"):
+        prove_ops(Forgetful(), config(), dtype=torch.float32, device=CPU)
 
 
 def test_what_was_asked_for_and_cannot_serve_is_an_error() -> None:
