@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from engine.tokenizer import ChatTokenizer, load_tokenizer, read_object
 
 BUNDLED = Path(__file__).parent / "bundled"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE, _SAMPLES = 2**16, 256
+"""Bytes of a sample of the weights, and how many are taken from a file."""
 _FLOATS = {"F32", "F16", "BF16", "F64"}
 
 
@@ -42,6 +45,8 @@ class Checkpoint:
     defaults: SamplingDefaults
     dtype: torch.dtype
     device: torch.device
+    fingerprint: str
+    """Names these weights; another file, or another version of it, has another one."""
 
 
 def load_checkpoint(directory: Path, *, name: str, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
@@ -70,6 +75,7 @@ def load_checkpoint(directory: Path, *, name: str, device: str = "cpu", dtype: s
         defaults=_defaults(generation),
         dtype=precision,
         device=target,
+        fingerprint=_fingerprint(directory),
     )
 
 
@@ -113,6 +119,19 @@ def _load_model(config: ModelConfig, directory: Path, dtype: torch.dtype, device
                 if (view := views.get(_plain(stored))) is not None:
                     view.copy_(tensors.get_tensor(stored))
     return Decoder(config, weights)
+
+
+def _fingerprint(directory: Path) -> str:
+    """A hash of config, sizes, and samples of the weights: to read all of them would take longer than to load them."""
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    for file in sorted(set(_locate(directory).values())):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _locate(directory: Path) -> dict[str, Path]:

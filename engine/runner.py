@@ -21,6 +21,7 @@ from engine.executor import Executor, Outcome
 from engine.sampling import Choice, Drawing, Guide, SamplingParams, describe, draw
 from engine.scheduler import Chunk, Scheduler, Step
 from engine.sequence import Sequence as Row
+from engine.sequence import State
 from engine.stops import StopMatcher
 
 _SCORED_AT_ONCE = 64
@@ -98,6 +99,18 @@ class Job:
     """Set by `Runner.cancel`: the job ends before its next token, without a further event."""
 
 
+class Watch(Protocol):
+    """Who counts what happens; called on the worker's thread."""
+
+    def scheduled(self, step: Step) -> None:
+        """A step is about to be computed."""
+        ...
+
+    def step(self, happened: Happened) -> None:
+        """What a step brought."""
+        ...
+
+
 class _Answer:
     """A job under way: its row of tokens, its draws, its text."""
 
@@ -156,10 +169,11 @@ class Runner:
         *,
         threads: int,
         deliver: Callable[[Happened], None],
+        watch: Watch | None = None,
     ) -> None:
         """`threads`: torch threads of the worker."""
         self._checkpoint, self._scheduler, self._executor = checkpoint, scheduler, executor
-        self._threads, self._deliver = threads, deliver
+        self._threads, self._deliver, self._watch = threads, deliver, watch
         self._changed = threading.Condition()
         # Scheduler and answers belong to whoever holds `_changed`; the worker lets go of it while the model computes.
         self._answers: dict[Row, _Answer] = {}
@@ -195,8 +209,13 @@ class Runner:
         """End them before their next token; finished ones are left alone."""
         with self._changed:
             for job in jobs:
-                if job in self._rows:
-                    job.cancelled = True
+                if (row := self._rows.get(job)) is None:
+                    continue
+                job.cancelled = True
+                if row.state is State.WAITING:
+                    self._drop(row)
+                else:
+                    # Its blocks may be written to right now; the worker takes it out between two steps.
                     self._cancelled.append(job)
             self._changed.notify()
 
@@ -230,8 +249,12 @@ class Runner:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while (step := self._next()) is not None:
-                happened = self._run(step)
-                self._deliver([(job, event) for job, event in happened if not job.cancelled])
+                if self._watch is not None:
+                    self._watch.scheduled(step)
+                happened = [(job, event) for job, event in self._run(step) if not job.cancelled]
+                if self._watch is not None:
+                    self._watch.step(happened)
+                self._deliver(happened)
 
     def _next(self) -> Step | None:
         """The next step, waiting for work if there is none; None when closed."""
@@ -264,12 +287,14 @@ class Runner:
         self._checked = False
 
     def _drop_cancelled(self) -> None:
-        rows = [row for job in self._cancelled if (row := self._rows.get(job)) is not None]
+        for job in self._cancelled:
+            if (row := self._rows.get(job)) is not None:
+                self._drop(row)
         self._cancelled.clear()
-        if rows:
-            self._scheduler.cancel(rows)
-            for row in rows:
-                self._forget(row)
+
+    def _drop(self, row: Row) -> None:
+        self._scheduler.cancel((row,))
+        self._forget(row)
 
     def _forget(self, row: Row) -> None:
         self._executor.forget(row)
@@ -288,7 +313,7 @@ class Runner:
                 return self._fail(step.chunks[0].sequence, error)
             if _out_of_memory(error):
                 # Nothing of the step was taken over: what is left of it is scheduled again.
-                return self._fail(max((chunk.sequence for chunk in step.chunks), key=lambda row: row.arrived), error)
+                return self._fail(max((chunk.sequence for chunk in step.chunks), key=lambda row: row.order), error)
             log.warning("a step of %d sequences failed (%s); running them one by one", len(step.chunks), error)
         happened: Happened = []
         for chunk in step.chunks:

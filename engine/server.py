@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +27,7 @@ from engine.answers import Echo, Shape, StreamedAnswer, Tools, Usage, Vocabulary
 from engine.checkpoint import Checkpoint
 from engine.errors import ContextTooLong, ModelNotFound, QueueFull, RequestError
 from engine.guidance import Grammar, Guidance
+from engine.metrics import EngineMetrics
 from engine.runner import Event, Failed, Finished, Happened, Job
 from engine.sampling import SamplingParams
 
@@ -106,26 +107,6 @@ class Pace:
         return min(60, max(1, math.ceil(waiting * seconds_each)))
 
 
-class Metrics:
-    """What `/metrics` shows; one registry per engine, so that two in one process do not meet."""
-
-    def __init__(self, runner: Worker) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "hitpath_engine_requests",
-            "Requests by endpoint and status.",
-            ["endpoint", "status"],
-            registry=self.registry,
-        )
-        self.tokens = Counter("hitpath_engine_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
-        self.first = Histogram(
-            "hitpath_engine_first_token_seconds", "Time from request to first token.", registry=self.registry
-        )
-        for position, name in enumerate(("running", "waiting")):
-            gauge = Gauge(f"hitpath_engine_{name}", f"Answers that are {name}.", registry=self.registry)
-            gauge.set_function(lambda position=position: runner.depth()[position])  # type: ignore[misc]
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A checked request: what to generate and how to write it down. `params` holds one entry per choice."""
@@ -171,13 +152,12 @@ class Plan:
 class Generation:
     """The jobs of one request and their events, on the event loop. Who starts it must cancel it in the end."""
 
-    def __init__(self, runner: Worker, plan: Plan, metrics: Metrics, pace: Pace) -> None:
+    def __init__(self, runner: Worker, plan: Plan, metrics: EngineMetrics, pace: Pace) -> None:
         self._runner, self._metrics, self._pace = runner, metrics, pace
         self._whole = not plan.stream
         self._events: list[tuple[int, Event]] = []
         self._changed = asyncio.Event()
         self._abandoned = False
-        self._began: float | None = time.monotonic()
         self._left = plan.answers
         self._jobs = plan.jobs(self._put)
 
@@ -188,11 +168,17 @@ class Generation:
 
     def start(self) -> None:
         """Queue the jobs. Raises QueueFull, ShuttingDown."""
-        self._runner.submit(self._jobs)
+        self._metrics.arrived(self._jobs)
+        try:
+            self._runner.submit(self._jobs)
+        except RequestError:
+            self._metrics.refused(self._jobs)
+            raise
 
     def cancel(self) -> None:
         """End what still runs; nothing happens to finished jobs."""
         self._runner.cancel(self._jobs)
+        self._metrics.ended(self._jobs)
 
     def abandon(self) -> None:
         """The client is gone."""
@@ -214,14 +200,10 @@ class Generation:
     def _put(self, index: int, event: Event) -> None:
         if self.over:
             return
-        if self._began is not None:
-            self._metrics.first.observe(time.monotonic() - self._began)
-            self._began = None
         self._events.append((index, event))
         if isinstance(event, Finished):
             self._left -= 1
             self._pace.finished()
-            self._metrics.tokens.labels("completion").inc(event.tokens)
         elif isinstance(event, Failed):
             self._left = 0
         # A whole answer is woken once: its tokens cost nothing but the list.
@@ -271,10 +253,12 @@ class GenerationStream(Response):
 class Engine:
     """The application's state and its handlers."""
 
-    def __init__(self, checkpoint: Checkpoint, runner: Worker, *, context: int, delivery: Delivery) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, runner: Worker, *, context: int, delivery: Delivery, metrics: EngineMetrics
+    ) -> None:
         """`context`: most tokens of prompt and answer together. `delivery` is what the runner delivers to."""
         self._checkpoint, self._runner, self._context, self._delivery = checkpoint, runner, context, delivery
-        self._metrics = Metrics(runner)
+        self._metrics = metrics
         self._pace = Pace()
         self._guidance = Guidance(checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.eos_ids)
         self._vocabulary = Vocabulary(checkpoint.tokenizer.spelled, checkpoint.tokenizer.silent)
@@ -312,7 +296,7 @@ class Engine:
                 response = await self._refused(request, error)
             except ClientDisconnect:
                 response = Response(status_code=499)
-            self._metrics.requests.labels(endpoint, str(response.status_code)).inc()
+            self._metrics.request(endpoint, response.status_code)
             return response
 
         return counted
@@ -431,7 +415,6 @@ class Engine:
         usage = plan.usage()
         # Before the first byte of the response, so that a full queue is a plain 429 and not a broken stream.
         generation.start()
-        self._metrics.tokens.labels("prompt").inc(usage.prompt)
         if plan.stream:
             return GenerationStream(
                 generation, StreamedAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
@@ -474,7 +457,7 @@ class Engine:
         return _json({"status": "ok", "model": self._checkpoint.name})
 
     async def _show_metrics(self, _: Request) -> Response:
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _read(request: Request) -> bytes:
@@ -518,9 +501,3 @@ async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = RequestError(f"{request.method} {request.url.path}: {error.detail}", code="unknown_url")
     return _json(error_body(refusal), error.status_code, dict(error.headers or {}))
-
-
-def room(checkpoint: Checkpoint, kv_memory: int) -> int:
-    """Tokens whose keys and values fit `kv_memory` bytes."""
-    config = checkpoint.config
-    return kv_memory // (config.layers * 2 * config.kv_heads * config.head_dim * checkpoint.dtype.itemsize)

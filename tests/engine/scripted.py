@@ -15,10 +15,21 @@ from tokenizers import AddedToken, Tokenizer
 
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.errors import QueueFull
+from engine.metrics import EngineMetrics, EngineState
 from engine.runner import Event, Finished, Job, Progress, Prompted
 from engine.sampling import Choice
 from engine.server import Delivery, Engine
 from tests.engine import checkpoints
+
+NOTHING = EngineState(
+    running=0, waiting=0, preemptions=0, free=1, cached=0, used=0, block_size=16, sheds=0, check_failures=0
+)
+
+
+def quiet_metrics() -> EngineMetrics:
+    """Metrics of an engine that has no books."""
+    return EngineMetrics("scripted", lambda: NOTHING, context=1000)
+
 
 Script = Callable[[Job], Sequence[Event]]
 
@@ -76,23 +87,31 @@ def family(directory: Path, *added: AddedToken, template: str = checkpoints.TEMP
 
 
 @contextlib.asynccontextmanager
-async def scripted(
-    checkpoint: Checkpoint, script: Script, *, room: int = 100
-) -> AsyncIterator[tuple[openai.AsyncOpenAI, ScriptedRunner]]:
-    """The official client, connected to an engine that follows the script."""
-    delivery = Delivery()
-    runner = ScriptedRunner(script, delivery, room)
-    application = Engine(checkpoint, runner, context=1000, delivery=delivery).application()
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="warning"))
+async def connected(engine: Engine) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client of an engine behind a port of its own."""
+    server = uvicorn.Server(uvicorn.Config(engine.application(), log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server.serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         try:
             async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-                yield client, runner
+                yield client
         finally:
             server.should_exit = True
             await serving
+
+
+@contextlib.asynccontextmanager
+async def scripted(
+    checkpoint: Checkpoint, script: Script, *, room: int = 100
+) -> AsyncIterator[tuple[openai.AsyncOpenAI, ScriptedRunner]]:
+    """An engine that follows the script, and its client."""
+    delivery = Delivery()
+    runner = ScriptedRunner(script, delivery, room)
+    async with connected(
+        Engine(checkpoint, runner, context=1000, delivery=delivery, metrics=quiet_metrics())
+    ) as client:
+        yield client, runner
 
 
 async def run(application: Any, scope: dict[str, Any], body: bytes, gone: asyncio.Event) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from engine.runner import Event, Failed, Finished, Job, Progress, Prompted
 from engine.sampling import Choice
 from engine.server import Delivery, Engine, Pace, tenant
 from tests.engine import checkpoints
-from tests.engine.scripted import ScriptedRunner, family, run, scripted, spoken
+from tests.engine.scripted import ScriptedRunner, family, quiet_metrics, run, scripted, spoken
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
 WITH_TOOLS = checkpoints.TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -266,7 +266,7 @@ async def test_a_client_that_leaves_cancels_its_jobs(plain: Checkpoint, stream: 
     delivery = Delivery()
     runner = ScriptedRunner(lambda _: [Prompted(0), Progress("a", Choice(64))], delivery)
     delivery.open()
-    application = Engine(plain, runner, context=100, delivery=delivery).application()
+    application = Engine(plain, runner, context=100, delivery=delivery, metrics=quiet_metrics()).application()
     body = json.dumps({"prompt": "a", "stream": stream, "n": 2}).encode()
     gone = asyncio.Event()
     served = asyncio.create_task(run(application, {"path": "/v1/completions"}, body, gone))
@@ -284,7 +284,7 @@ async def test_what_happened_together_goes_out_together(plain: Checkpoint) -> No
     delivery = Delivery()
     runner = ScriptedRunner(says(plain, "a" * 50), delivery)
     delivery.open()
-    application = Engine(plain, runner, context=100, delivery=delivery).application()
+    application = Engine(plain, runner, context=100, delivery=delivery, metrics=quiet_metrics()).application()
     body = json.dumps({"prompt": "a", "stream": True}).encode()
     sent = await run(application, {"path": "/v1/completions"}, body, asyncio.Event())
     assert len(sent) <= 5
