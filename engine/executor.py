@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend, KvPool, Packed
 from engine.checkpoint import Checkpoint
+from engine.graphs import DecodeGraphs, Record
 from engine.scheduler import Chunk
 from engine.sequence import Sequence as Row
 
@@ -43,19 +44,37 @@ class Executor:
         """Allocates the pool. Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had."""
         config = checkpoint.config
         self._checkpoint, self._model, self._backend = checkpoint, checkpoint.model, backend
+        # One block is nobody's: captured steps let their padding write there.
         self._pool = KvPool(
             layers=config.layers,
-            blocks=blocks,
+            blocks=blocks + 1,
             block_size=BLOCK_SIZE,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             dtype=checkpoint.dtype,
             device=checkpoint.device,
         )
+        self._scratch, self._context = blocks, context
+        self._graphs: DecodeGraphs | None = None
         self._width = -(-context // BLOCK_SIZE)
         self._tables = np.zeros((16, self._width), dtype=np.int32)
         self._rows: dict[Row, int] = {}
         self._free = list(range(16))
+
+    def capture(self, most: int, record: Record | None = None) -> None:
+        """From now on decode up to `most` sequences through CUDA graphs, or whatever `record` makes.
+
+        Raises ValueError for a backend that cannot be captured, torch.OutOfMemoryError where memory is short.
+        """
+        self._graphs = DecodeGraphs(
+            self._model,
+            self._pool,
+            self._backend,
+            context=self._context,
+            most=most,
+            scratch=self._scratch,
+            record=record,
+        )
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), in order."""
@@ -64,6 +83,9 @@ class Executor:
     def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
         """Compute every chunk and return the scores."""
         packed, drawn = self._packed(chunks)
+        if self._graphs is not None and drawn == len(chunks) and self._graphs.fits(packed):
+            scores = self._graphs.scores(packed)
+            return Outcome(scores, scores[:0])
         hidden = self._model.forward(packed, self._pool, self._backend)
         return Outcome(self._model.logits(hidden[:drawn]), hidden[drawn:])
 

@@ -7,7 +7,7 @@ Strides of tables and numbers of splits change from step to step, so nothing is 
 `constexpr` is fixed for a model.
 """
 
-# ruff: noqa: SIM108
+# ruff: noqa: SIM102, SIM108
 from __future__ import annotations
 
 import triton
@@ -159,7 +159,7 @@ def decode(
     out,
     partial,
     levels,
-    positions,
+    lengths,
     starts,
     tables,
     members,
@@ -187,8 +187,10 @@ def decode(
     head = tl.program_id(1)
     split = tl.program_id(2)
     sequence = tl.load(members + index)
-    row = tl.load(starts + sequence).to(tl.int64)
-    length = tl.load(positions + row).to(tl.int32) + 1
+    length = tl.load(lengths + sequence)
+    lanes = tl.arange(0, BLOCK_M)
+    heads = head * GROUP + lanes
+    piece = (index.to(tl.int64) * (tl.num_programs(1) * GROUP) + heads) * splits + split
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(length - WINDOW, 0)
@@ -196,11 +198,14 @@ def decode(
     span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     begin += split * span
     end = tl.minimum(begin + span, length)
-    even = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
-
-    lanes = tl.arange(0, BLOCK_M)
+    if not WHOLE:
+        if begin >= end:
+            # Splits were planned for a longer sequence.
+            tl.store(levels + piece, tl.full([BLOCK_M], float("-inf"), dtype=tl.float32), mask=lanes < GROUP)
+            return
+    even = begin + (end - begin) // BLOCK_N * BLOCK_N
+    row = tl.load(starts + sequence).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
-    heads = head * GROUP + lanes
     mask = (lanes < GROUP)[:, None] & (dims < DIM)[None, :]
     q = tl.load(queries + row * STRIDE_Q + heads[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
     where = tl.zeros([BLOCK_M], dtype=tl.int32) + (length - 1)
@@ -216,16 +221,13 @@ def decode(
         acc, best, total, q, where, keys + head * DIM, values + head * DIM, table, even, end, scale,
         ROW, SIZE, DIM, 0, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    # A stretch may be empty where splits were planned for longer sequences.
-    seen = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    seen = acc / total[:, None]
     if WHOLE:
         offsets = row * STRIDE_OUT + heads[:, None] * DIM + dims[None, :]
         tl.store(out + offsets, seen.to(out.dtype.element_ty), mask=mask)
     else:
-        piece = (index.to(tl.int64) * (tl.num_programs(1) * GROUP) + heads) * splits + split
         tl.store(partial + piece[:, None] * DIM + dims[None, :], seen, mask=mask)
-        level = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
-        tl.store(levels + piece, level, mask=lanes < GROUP)
+        tl.store(levels + piece, best + tl.log2(total), mask=lanes < GROUP)
 
 
 @triton.jit(do_not_specialize=["splits"])

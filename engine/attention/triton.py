@@ -20,8 +20,9 @@ from engine.attention import LayerPool, Packed
 _MOST_SPLITS = 64
 _WAVES = 2
 """Programs of the decoding kernel that a processor has room for."""
-_LONGEST = 4096
-"""No stretch of keys is longer than this, so that one long sequence among many short ones is not the last to end."""
+_LONGEST = 16_384
+"""No stretch of keys is longer, so that one long sequence among many is not the last to end by far. Captured steps are
+planned for the longest context there may be, and a program without keys costs about a microsecond: hence not less."""
 _SHORTEST = 128
 
 
@@ -78,8 +79,16 @@ class TritonBackend:
     name = "triton"
 
     def __init__(
-        self, *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tuned: Tuning | None = None,
     ) -> None:
+        """`tuned`: other tiles than `tuning` chooses, to measure them."""
         device = torch.device(device)
         self._heads, self._kv_heads, self._dim = heads, kv_heads, head_dim
         self._group = heads // kv_heads
@@ -90,7 +99,7 @@ class TritonBackend:
         card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         self._processors = card.multi_processor_count if card else 8
         memory = getattr(card, "shared_memory_per_block_optin", 0)
-        self._tuning = tuning(dtype, self._block_d, shared_memory=memory)
+        self._tuning = tuned or tuning(dtype, self._block_d, shared_memory=memory)
 
     def plan(self, packed: Packed, window: int | None, block_size: int) -> Plan:
         """Tell decodes from prompts, cut prompts into tiles, choose the splits."""
@@ -170,7 +179,7 @@ class TritonBackend:
             out,
             out if whole else plan.partial,
             out if whole else plan.levels,
-            packed.positions,
+            packed.lengths,
             packed.starts,
             packed.tables,
             plan.members,

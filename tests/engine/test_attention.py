@@ -159,6 +159,6 @@ def test_splits_fill_the_processors_and_bound_every_stretch() -> None:
     ).splits_for
     assert splits_for(1, 8, 8192, 132) == 33
     assert splits_for(64, 8, 1000, 132) == 1
-    assert splits_for(64, 8, 32_768, 132) == 8
+    assert splits_for(64, 8, 131_072, 132) == 8
     assert splits_for(1, 1, 5, 132) == 1
     assert splits_for(1, 1, 1_000_000, 132) == 64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,16 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend, KvPool, Packed
 from engine.attention.sdpa import SdpaBackend
+from engine.blocks import BlockManager
+from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.config import ModelConfig, parse_config
+from engine.executor import BLOCK_SIZE, Executor
 from engine.graphs import DecodeGraphs, Recording, batch_sizes
 from engine.model import Decoder, empty_weights
+from engine.sampling import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from tests.engine import checkpoints
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -160,3 +168,34 @@ def test_batch_sizes() -> None:
     assert batch_sizes(1) == (1,)
     assert batch_sizes(5) == (1, 2, 4, 5)
     assert batch_sizes(64) == (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+def test_captured_answers_are_those_of_ordinary_steps(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path, "qwen3")
+    checkpoint = load_checkpoint(tmp_path, name="m", device=DEVICE, dtype="float32")
+    plain, captured = generate(checkpoint, None), generate(checkpoint, 4)
+    assert captured == plain
+    assert all(len(tokens) == 8 for tokens in plain)
+
+
+@torch.inference_mode()
+def generate(checkpoint: Checkpoint, capture: int | None) -> list[list[int]]:
+    """Greedy answers to four prompts, so that prompts, mixed steps and decoding at several sizes occur."""
+    books = BlockManager(BLOCKS, BLOCK_SIZE, root=b"test")
+    scheduler = Scheduler(books, max_running=4, max_waiting=9, token_budget=12, patience=1000.0)
+    executor = Executor(checkpoint, triton(checkpoint.config), blocks=BLOCKS, context=128)
+    if capture is not None:
+        executor.capture(capture, RECORD)
+    params = SamplingParams(max_tokens=8)
+    rows = [Sequence([seed * 7 + i for i in range(3 + 5 * seed)], params) for seed in range(4)]
+    scheduler.add(rows, 0.0)
+    while (step := scheduler.schedule(0.0)) is not None:
+        executor.copy(step.copies)
+        scores = executor.run(step.chunks).scores
+        drawing = [chunk.sequence for chunk in step.chunks if chunk.draws]
+        scheduler.complete(step, dict(zip(drawing, scores.argmax(-1).tolist(), strict=True)))
+        for row in drawing:
+            if row.drawn == params.max_tokens:
+                scheduler.finish(row)
+                executor.forget(row)
+    return [row.tokens[len(row.prompt) :] for row in rows]
