@@ -44,5 +44,5 @@ def serving(*arguments: str) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
     """The bundled model behind a port of its own."""
-    with serving("--model", "bundled", "--port", "0", "--max-waiting", "8") as running:
+    with serving("--model", "bundled", "--port", "0", "--max-running", "4", "--max-waiting", "8") as running:
         yield running
