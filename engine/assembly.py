@@ -13,6 +13,7 @@ from engine.attention.choose import choose
 from engine.attention.varlen import Unavailable
 from engine.blocks import BlockManager
 from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
+from engine.cpu import lay_out
 from engine.errors import SettingsError
 from engine.events import EventsError, EventSettings, Publisher
 from engine.executor import BLOCK_SIZE, Executor, block_bytes
@@ -63,6 +64,7 @@ def assemble(settings: Settings) -> Assembled:
     directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
     device = _device(settings.device, cuda=torch.cuda.is_available())
     checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)
+    lay_out(checkpoint.model)
     blocks = _blocks(checkpoint, settings.kv_memory)
     context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine import kernels
 from engine.attention import LayerPool
+from engine.ops import PlainOps
 
 _HEADS = 8
 """Heads that one program turns."""
@@ -19,8 +20,8 @@ _STRETCH = 1024
 """Elements that one program gates."""
 
 
-class FusedOps:
-    """Same as `engine.ops.PlainOps`, computed in float32 and rounded once."""
+class FusedOps(PlainOps):
+    """As its base, but the steps between products are one kernel each, computed in float32 and rounded once."""
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Ops`."""

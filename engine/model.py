@@ -19,8 +19,6 @@ from engine.config import ModelConfig
 from engine.ops import Ops, PlainOps
 from engine.rope import Rope
 
-linear = functional.linear
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
@@ -159,7 +157,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [R, V] of hidden states [R, E]."""
-        return linear(hidden, self.weights.head)
+        return self.ops.linear(hidden, self.weights.head, None)
 
     def _attention(
         self,
@@ -172,14 +170,14 @@ class Decoder:
         plan: object,
     ) -> Tensor:
         heads, kv_heads = self._heads
-        mixed = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, -1)
+        mixed = self.ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, -1)
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = (layer.query_norm, layer.key_norm)
         queries, keys, values = self.ops.turn_write(mixed, turn, norms, self.config.norm_eps, memory, packed.slots)
         seen = backend.attend(queries, memory, plan, (keys, values))
-        return linear(seen.view(len(x), -1), layer.output, layer.output_bias)
+        return self.ops.linear(seen.view(len(x), -1), layer.output, layer.output_bias)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        both = linear(x, layer.gate_up, layer.gate_up_bias)
-        return linear(self.ops.gate(both), layer.down, layer.down_bias)
+        both = self.ops.linear(x, layer.gate_up, layer.gate_up_bias)
+        return self.ops.linear(self.ops.gate(both), layer.down, layer.down_bias)

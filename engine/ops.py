@@ -16,7 +16,11 @@ from engine.rope import rotate
 
 
 class Ops(Protocol):
-    """What lies between two matrix products."""
+    """Matrix products, and what lies between two of them."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [N, E] times weight [F, E] transposed, plus bias [F]: [N, F]."""
+        ...
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x + delta, and its root mean square norm times weight [E]; both [N, E]."""
@@ -45,6 +49,10 @@ class Ops(Protocol):
 
 class PlainOps:
     """With torch's own functions, on any device."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Ops`."""
+        return functional.linear(x, weight, bias)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Ops`."""

@@ -67,6 +67,10 @@ class SdpaBackend:
 
     name = "sdpa"
 
+    def __init__(self) -> None:
+        self._scratch: list[Tensor] = []
+        """Where keys and values are gathered, layer after layer; fresh memory would have to be mapped each time."""
+
     def plan(self, packed: Packed, window: int | None, block_size: int) -> Plan:
         """Sort the sequences into batches of decodes and single prompts."""
         ends = tuple(accumulate(packed.counts))
@@ -86,56 +90,57 @@ class SdpaBackend:
         # Several pieces are written into one result; a single one is the result.
         out = torch.empty_like(queries) if len(plan.decodes) + len(plan.prompts) > 1 else None
         for group in plan.decodes:
-            seen = _decode(queries[group.rows], pool, group)
+            seen = self._decode(queries[group.rows], pool, group)
             if out is None:
                 return seen
             out[group.rows] = seen
         for prompt in plan.prompts:
-            seen = _prefill(queries[prompt.rows], pool, prompt, fresh)
+            seen = self._prefill(queries[prompt.rows], pool, prompt, fresh)
             if out is None:
                 return seen
             out[prompt.rows] = seen
         assert out is not None
         return out
 
+    def _decode(self, queries: Tensor, pool: LayerPool, group: _Decodes) -> Tensor:
+        """[B, H, D] to [B, H, D]. The heads of a group become the query axis, so that keys are not repeated."""
+        batch, heads, dim = queries.shape
+        keys, values = self._gather(pool, group.keys, batch)
+        folded = queries.reshape(batch, keys.shape[1], -1, dim)
+        seen = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        return seen.reshape(batch, heads, dim)
 
-def _decode(queries: Tensor, pool: LayerPool, group: _Decodes) -> Tensor:
-    """[B, H, D] to [B, H, D]. The heads of a group become the query axis, so that keys are not repeated."""
-    batch, heads, dim = queries.shape
-    keys, values = _gather(pool, group.keys, batch)
-    folded = queries.reshape(batch, keys.shape[1], -1, dim)
-    seen = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
-    return seen.reshape(batch, heads, dim)
+    def _prefill(self, queries: Tensor, pool: LayerPool, prompt: _Prompt, fresh: tuple[Tensor, Tensor]) -> Tensor:
+        """[T, H, D] to [T, H, D]."""
+        if prompt.keys is None:
+            keys, values = (part[prompt.rows].transpose(0, 1)[None] for part in fresh)
+        else:
+            keys, values = self._gather(pool, prompt.keys, 1)
+        seen = functional.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=prompt.mask,
+            is_causal=prompt.mask is None,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        return seen[0].transpose(0, 1).contiguous()
 
-
-def _prefill(queries: Tensor, pool: LayerPool, prompt: _Prompt, fresh: tuple[Tensor, Tensor]) -> Tensor:
-    """[T, H, D] to [T, H, D]."""
-    if prompt.keys is None:
-        keys, values = (part[prompt.rows].transpose(0, 1)[None] for part in fresh)
-    else:
-        keys, values = _gather(pool, prompt.keys, 1)
-    seen = functional.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None],
-        keys,
-        values,
-        attn_mask=prompt.mask,
-        is_causal=prompt.mask is None,
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
-    return seen[0].transpose(0, 1).contiguous()
-
-
-def _gather(pool: LayerPool, keys: _Keys, batch: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, each [B, K, width, D]."""
-    if keys.run is not None:
-        run, tail = keys.run, pool.keys.shape[2:]
-        return tuple(part.view(1, -1, *tail)[:, run].transpose(1, 2) for part in (pool.keys, pool.values))  # type: ignore[return-value]
-    return _gathered(pool.keys, keys, batch), _gathered(pool.values, keys, batch)
-
-
-def _gathered(part: Tensor, keys: _Keys, batch: int) -> Tensor:
-    found = part.index_select(0, keys.blocks).view(batch, -1, *part.shape[2:])
-    return found[:, keys.skipped : keys.skipped + keys.width].transpose(1, 2)
+    def _gather(self, pool: LayerPool, keys: _Keys, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [B, K, width, D]; valid until the next call."""
+        tail = pool.keys.shape[2:]
+        if keys.run is not None:
+            in_place = [part.view(1, -1, *tail)[:, keys.run].transpose(1, 2) for part in (pool.keys, pool.values)]
+            return in_place[0], in_place[1]
+        count = len(keys.blocks)
+        if not self._scratch or self._scratch[0].shape[0] < count or self._scratch[0].dtype != pool.keys.dtype:
+            size = 1 << (count - 1).bit_length()
+            self._scratch = [pool.keys.new_empty((size, *pool.keys.shape[1:])) for _ in range(2)]
+        gathered = []
+        for part, scratch in zip((pool.keys, pool.values), self._scratch, strict=True):
+            found = torch.index_select(part, 0, keys.blocks, out=scratch[:count]).view(batch, -1, *tail)
+            gathered.append(found[:, keys.skipped : keys.skipped + keys.width].transpose(1, 2))
+        return gathered[0], gathered[1]
 
 
 def _decodes(
