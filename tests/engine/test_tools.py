@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 
@@ -123,7 +124,7 @@ FRAGMENTS = st.sampled_from(
 def test_any_text_cut_anywhere_reads_the_same(form: ToolFormat, text: str, cuts: list[int]) -> None:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     whole = scan(form, [text])
-    assert scan(form, [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == whole
+    assert scan(form, [text[a:b] for a, b in itertools.pairwise(edges)]) == whole
     assert scan(form, text) == whole
     if not whole[1]:
         assert whole[0] == text
