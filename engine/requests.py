@@ -200,7 +200,7 @@ class Sampled(_Closed):
     @field_validator("logit_bias")
     @classmethod
     def _token_keys(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if any(not key.isascii() or not key.isdigit() for key in bias or ()):
+        if any(not key.isascii() or not key.isdigit() or len(key) > 10 for key in bias or ()):
             raise ValueError("keys are token ids")
         return bias
 
@@ -448,6 +448,6 @@ def _with_arguments(call: object) -> object:
         return call
     try:
         arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -49,6 +49,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": [USER], "logit_bias": {"a": 1}}, "logit_bias"),
         ({"messages": [USER], "logit_bias": {"1": 101}}, "logit_bias"),
+        ({"messages": [USER], "logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"messages": [USER], "min_p": 1.5}, "min_p"),
         ({"messages": [USER], "repetition_penalty": 0}, "repetition_penalty"),
         ({"messages": [USER], "stop": ["x" * 2000]}, "stop"),
@@ -171,6 +172,14 @@ def test_messages_reach_the_template_flat_and_with_decoded_arguments() -> None:
     user, assistant = (message.for_template() for message in asked.messages)
     assert user == {"role": "user", "content": "a\nb"}
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
+def test_arguments_that_cannot_be_decoded_stay_text() -> None:
+    for arguments in ("{", "[" * 5000 + "]" * 5000, 3):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked = parse_chat({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+        decoded = asked.messages[0].for_template()["tool_calls"][0]["function"]["arguments"]
+        assert decoded == arguments
 
 
 def test_the_limit_by_either_name() -> None:
