@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 CPU = torch.device("cpu")
+COMPILED = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where Triton's kernels can run, compiled or interpreted."""
 
 
 def config(**settings: Any) -> ModelConfig:
@@ -57,7 +59,7 @@ def test_a_cpu_gets_the_plain_backend() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_fused_steps_agree(family: str) -> None:
     fused = pytest.importorskip("engine.fused", reason="triton is not installed", exc_type=ImportError)
-    prove_ops(fused.FusedOps(), config(model_type=family), dtype=torch.float32, device=CPU)
+    prove_ops(fused.FusedOps(), config(model_type=family), dtype=torch.float32, device=COMPILED)
 
 
 def test_fused_steps_that_differ_are_not_used() -> None:
@@ -72,7 +74,7 @@ def test_what_was_asked_for_and_cannot_serve_is_an_error() -> None:
 
 def test_triton_serves_where_it_is_asked_for_and_agrees() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    assert choose(config(), dtype=torch.float32, device=CPU, block_size=16, wanted="triton").name == "triton"
+    assert choose(config(), dtype=torch.float32, device=COMPILED, block_size=16, wanted="triton").name == "triton"
 
 
 def test_a_backend_that_differs_is_not_used() -> None:
