@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from starlette.applications import Starlette
 
-from engine.attention.choose import choose
+from engine.attention.choose import choose, choose_ops
 from engine.attention.varlen import Unavailable
 from engine.blocks import BlockManager
 from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
@@ -17,6 +17,7 @@ from engine.cpu import lay_out
 from engine.errors import SettingsError
 from engine.events import EventsError, EventSettings, Publisher
 from engine.executor import BLOCK_SIZE, Executor, block_bytes
+from engine.graphs import CAPTURABLE
 from engine.metrics import EngineMetrics, EngineState
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -64,7 +65,7 @@ def assemble(settings: Settings) -> Assembled:
     directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
     device = _device(settings.device, cuda=torch.cuda.is_available())
     checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)
-    lay_out(checkpoint.model)
+    _speed_up(checkpoint)
     blocks = _blocks(checkpoint, settings.kv_memory)
     context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
     try:
@@ -76,6 +77,8 @@ def assemble(settings: Settings) -> Assembled:
             wanted=settings.attention,
         )
         executor = Executor(checkpoint, backend, blocks=blocks, context=context)
+        if checkpoint.device.type == "cuda" and backend.name in CAPTURABLE:
+            executor.capture(settings.max_running)
         publisher = _publisher(settings)
     except (Unavailable, EventsError) as error:
         raise SettingsError(str(error)) from error
@@ -124,6 +127,14 @@ def _application(
     metrics = EngineMetrics(checkpoint.name, state, context=context)
     runner = Runner(checkpoint, scheduler, executor, threads=threads, deliver=delivery, watch=metrics)
     return Engine(checkpoint, runner, context=context, delivery=delivery, metrics=metrics).application()
+
+
+def _speed_up(checkpoint: Checkpoint) -> None:
+    """Let the model compute the way its device likes best, where that proves itself."""
+    if checkpoint.device.type == "cuda":
+        checkpoint.model.ops = choose_ops(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device)
+    else:
+        lay_out(checkpoint.model)
 
 
 def _device(asked: str, *, cuda: bool) -> str:
