@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,6 +131,32 @@ def empty_weights(
     return Weights(embedding, layers, outer["norm.weight"], outer.get("lm_head.weight", embedding)), views
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Turned:
+    """What a layer is about to attend with."""
+
+    packed: Packed
+    queries: Tensor
+    """[N, H, D], turned, as are the keys."""
+    keys: Tensor
+    """[N, K, D], as are the values: freshly computed, and in the pool already."""
+    values: Tensor
+    held: tuple[Tensor, Tensor]
+    """Keys and values that the pool had for these tokens before, [N, K, D] each."""
+
+
+class Narrowing(Protocol):
+    """Decides on the way through the layers which rows are worth computing further."""
+
+    def before(self, layer: int, memory: LayerPool, packed: Packed) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that the pool holds for the rows, for `narrow` to see; None: nothing is decided here."""
+        ...
+
+    def narrow(self, layer: int, turned: Turned) -> tuple[Tensor, Packed] | None:
+        """The rows to go on with, int64 [M], and the step with only those; None: all of them."""
+        ...
+
+
 class Decoder:
     """Token ids in, hidden states out; `logits` turns those into scores."""
 
@@ -140,43 +167,58 @@ class Decoder:
         self.ops: Ops = PlainOps()
         """The small steps between matrix products; whoever starts on a GPU may put the fused twin here."""
 
-    def forward(self, packed: Packed, pool: KvPool, backend: AttentionBackend) -> Tensor:
-        """Hidden states [R, E] of the rows `packed.drawing`; keys and values of all N tokens go to the pool."""
-        plans = {w: backend.plan(packed, w, pool.block_size) for w in dict.fromkeys(self.config.windows)}
-        dtype = self.weights.embedding.dtype
-        cos, sin = (angle.to(dtype) for angle in self.rope(packed.positions, packed.spans))
-        eps, rows = self.config.norm_eps, packed.drawing
+    def forward(
+        self, packed: Packed, pool: KvPool, backend: AttentionBackend, narrowing: Narrowing | None = None
+    ) -> Tensor:
+        """Hidden states [R, E] of the rows `packed.drawing`; keys and values of all N tokens go to the pool.
+
+        `narrowing` may take rows out on the way; in the layers after, theirs in the pool are left as they are.
+        """
+        plans = self._plans(packed, pool, backend)
+        cos, sin = self._turns(packed)
+        eps = self.config.norm_eps
         x, delta = functional.embedding(packed.ids, self.weights.embedding), None
-        for layer, window, memory in zip(self.weights.layers, self.config.windows, pool.layers, strict=True):
+        for index, (layer, window, memory) in enumerate(
+            zip(self.weights.layers, self.config.windows, pool.layers, strict=True)
+        ):
             x, normed = self.ops.add_norm(x, delta, layer.input_norm, eps)
-            delta = self._attention(layer, normed, (cos, sin), packed, memory, backend, plans[window])
+            held = None if narrowing is None else narrowing.before(index, memory, packed)
+            queries, *fresh = self._heads_of(layer, normed, (cos, sin), memory, packed.slots)
+            if narrowing is not None and held is not None:
+                kept = narrowing.narrow(index, Turned(packed, queries, fresh[0], fresh[1], held))
+                if kept is not None:
+                    rows, packed = kept
+                    x, queries, cos, sin, *fresh = (part[rows] for part in (x, queries, cos, sin, *fresh))
+                    plans = self._plans(packed, pool, backend)
+            seen = backend.attend(queries, memory, plans[window], (fresh[0], fresh[1]))
+            delta = self.ops.linear(seen.view(len(x), -1), layer.output, layer.output_bias)
             x, normed = self.ops.add_norm(x, delta, layer.mlp_norm, eps)
             delta = self._mlp(layer, normed)
-        last = None if delta is None else delta[rows]
-        return self.ops.add_norm(x[rows], last, self.weights.norm, eps)[1]
+        wanted = packed.drawing
+        last = None if delta is None else delta[wanted]
+        return self.ops.add_norm(x[wanted], last, self.weights.norm, eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [R, V] of hidden states [R, E]."""
         return self.ops.linear(hidden, self.weights.head, None)
 
-    def _attention(
-        self,
-        layer: LayerWeights,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor],
-        packed: Packed,
-        memory: LayerPool,
-        backend: AttentionBackend,
-        plan: object,
-    ) -> Tensor:
+    def _plans(self, packed: Packed, pool: KvPool, backend: AttentionBackend) -> dict[int | None, Any]:
+        return {w: backend.plan(packed, w, pool.block_size) for w in dict.fromkeys(self.config.windows)}
+
+    def _turns(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rope(packed.positions, packed.spans)
+        return cos.to(self.weights.embedding.dtype), sin.to(self.weights.embedding.dtype)
+
+    def _heads_of(
+        self, layer: LayerWeights, x: Tensor, turn: tuple[Tensor, Tensor], memory: LayerPool, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [N, E], the latter two in the pool as well."""
         heads, kv_heads = self._heads
         mixed = self.ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, -1)
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = (layer.query_norm, layer.key_norm)
-        queries, keys, values = self.ops.turn_write(mixed, turn, norms, self.config.norm_eps, memory, packed.slots)
-        seen = backend.attend(queries, memory, plan, (keys, values))
-        return self.ops.linear(seen.view(len(x), -1), layer.output, layer.output_bias)
+        return self.ops.turn_write(mixed, turn, norms, self.config.norm_eps, memory, slots)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         both = self.ops.linear(x, layer.gate_up, layer.gate_up_bias)

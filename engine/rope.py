@@ -33,10 +33,23 @@ class Rope:
         The sines of the first half are negated, which is what `rotate` wants. `spans` int64 [N]: length of the text
         that each token is computed in, for `dynamic`; other kinds have no use for it.
         """
-        frequencies = self._frequencies if spans is None else self._stretched(spans)
-        angles = positions[:, None].float() * frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+        angles = self._angles(positions, spans)
+        return _paired(angles.cos() * self._scale, angles.sin() * self._scale)
+
+    def difference(
+        self, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """What turns keys that were turned for `before`, (positions, spans), into keys turned for `after`.
+
+        As `__call__` returns it. Any scale of the angles is in the keys already. What is turned by is the difference of
+        the rounded angles that both places really get, so that far positions lose nothing.
+        """
+        angles = self._angles(*after).double() - self._angles(*before).double()
+        return _paired(angles.cos().float(), angles.sin().float())
+
+    def _angles(self, positions: Tensor, spans: Tensor | None) -> Tensor:
+        """Radians, float32 [N, D / 2]."""
+        return positions[:, None].float() * (self._frequencies if spans is None else self._stretched(spans))
 
     def _stretched(self, spans: Tensor) -> Tensor:
         """Frequencies [N, D / 2] with the base grown for texts longer than the model was trained on."""
@@ -46,6 +59,11 @@ class Rope:
         base = rope.theta * stretch ** (dim / (dim - 2))
         exponents = torch.arange(0, dim, 2, device=spans.device).double() / dim
         return (1.0 / base[:, None] ** exponents).float()
+
+
+def _paired(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D / 2] each to what `rotate` wants."""
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Shapes: N packed new tokens of B sequences, H query heads, K key/value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ class Packed:
     """The new tokens of one step, sequence after sequence without padding, and where all their keys lie.
 
     Sequence b owns rows `starts[b]:starts[b + 1]`; they are its tokens `lengths[b] - count : lengths[b]`, in order.
+    Where `firsts` is given they may be any of its tokens, in order, the last one of all among them: what lies between
+    is in the pool already. Only `sdpa` computes such steps.
     The host lists say the same as the tensors, so that planning never waits for the device.
     """
 
@@ -41,6 +44,28 @@ class Packed:
     """int64 [R]: rows whose scores are wanted."""
     spans: Tensor | None = None
     """int64 [N]: length of the text each token is computed in; only where rotary angles depend on it."""
+    firsts: tuple[int, ...] | None = None
+    """Position of each sequence's first new token, where new tokens are not the last ones without a gap."""
+
+    def narrowed(self, rows: Tensor, counts: tuple[int, ...], firsts: tuple[int, ...]) -> Packed:
+        """The same step with only these of its rows, int64 [M], in order, of which `counts` belong to each sequence.
+
+        Every row whose scores are wanted must stay. `firsts` as above.
+        """
+        place = torch.full_like(self.ids, -1)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        ends = torch.tensor((0, *accumulate(counts)), dtype=torch.int32, device=rows.device)
+        return replace(
+            self,
+            ids=self.ids[rows],
+            positions=self.positions[rows],
+            slots=self.slots[rows],
+            starts=ends,
+            counts=counts,
+            drawing=place[self.drawing],
+            spans=None if self.spans is None else self.spans[rows],
+            firsts=firsts,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +76,11 @@ class LayerPool:
     """[P, S, K, D]."""
     values: Tensor
     """[P, S, K, D]."""
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [N, K, D] each, of the tokens at slots int64 [N]."""
+        keys, values = (part.view(-1, *part.shape[2:]) for part in (self.keys, self.values))
+        return keys.index_select(0, slots), values.index_select(0, slots)
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [N, K, D] of new tokens at slots int64 [N]."""

@@ -177,7 +177,8 @@ def _prompt(packed: Packed, index: int, rows: slice, window: int | None, block_s
     count, total = packed.counts[index], packed.totals[index]
     if count == total and (window is None or total <= window):
         return _Prompt(rows, None, None)
-    first = 0 if window is None else max(0, total - count - window + 1)
+    begin = total - count if packed.firsts is None else packed.firsts[index]
+    first = 0 if window is None else max(0, begin - window + 1)
     keys = _keys(packed.tables[index], first, total, block_size)
     device = packed.ids.device
     distance = packed.positions[rows][:, None] - torch.arange(first, total, device=device)

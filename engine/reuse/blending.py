@@ -1,0 +1,101 @@
+"""Prompts whose chunks are there, computed only where it matters.
+
+A selector names the reused tokens that are computed all the same. It may name them before anything is computed, or at
+*check layers*: up to there all of its candidates are computed, and at each of them some are dropped, having seen how
+far their fresh keys and values are from those held. Tokens see all before them, computed or held, and none after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention import LayerPool, Packed
+from engine.model import Turned
+from engine.reuse.chunks import BlendPrompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What a selector sees at a check layer, of the M tokens that are computed there."""
+
+    prompt: BlendPrompt
+    positions: Tensor
+    """int64 [M]."""
+    queries: Tensor
+    """[M, H, D]."""
+    keys: Tensor
+    """[M, K, D], as are the values: fresh, in this context."""
+    values: Tensor
+    held_keys: Tensor
+    """[M, K, D], as are the values: as the chunks brought them, turned."""
+    held_values: Tensor
+
+    @property
+    def reused(self) -> Tensor:
+        """bool [M]: tokens that may be dropped."""
+        return self.prompt.reused.to(self.positions.device)[self.positions]
+
+
+class Selector(Protocol):
+    """Which reused tokens are computed all the same. Holds no state of a prompt."""
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """Layers at which `narrow` is asked, ascending; none: `choose` says all."""
+        ...
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """bool [N]: those to begin with. What is not reused is computed whatever this says."""
+        ...
+
+    def narrow(self, layer: int, look: Look) -> Tensor:
+        """bool [M]: those to go on with, of the tokens computed so far."""
+        ...
+
+
+class Blend:
+    """One prompt on its way through the layers; see `engine.model.Narrowing`."""
+
+    def __init__(self, prompt: BlendPrompt, selector: Selector, last: int = 1) -> None:
+        """The `last` tokens are always computed: their scores are wanted."""
+        self._prompt, self._selector = prompt, selector
+        needed = ~prompt.reused
+        needed[len(needed) - last :] = True
+        self._needed = needed
+        self.rows = (needed | selector.choose(prompt)).nonzero()[:, 0]
+        """int64: positions computed in the first layer."""
+        self._checks = frozenset(selector.checks)
+        self.computed: list[int] = []
+        """Tokens computed in each layer so far; what a blend costs."""
+
+    def before(self, layer: int, memory: LayerPool, packed: Packed) -> tuple[Tensor, Tensor] | None:
+        """See `Narrowing`."""
+        self.computed.append(len(packed.ids))
+        return memory.read(packed.slots) if layer in self._checks else None
+
+    def narrow(self, layer: int, turned: Turned) -> tuple[Tensor, Packed] | None:
+        """See `Narrowing`."""
+        packed = turned.packed
+        look = Look(self._prompt, packed.positions, turned.queries, turned.keys, turned.values, *turned.held)
+        kept = self._selector.narrow(layer, look) | self._needed.to(packed.positions.device)[packed.positions]
+        rows = kept.nonzero()[:, 0]
+        self.computed[-1] = len(rows)
+        return rows, packed.narrowed(rows, (len(rows),), (int(packed.positions[rows[0]]),))
+
+
+def best(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """bool, as `allowed`: the `count` allowed ones with the highest scores, the first of equals."""
+    chosen = torch.zeros_like(allowed)
+    count = min(count, int(allowed.sum()))
+    ranked = scores.float().masked_fill(~allowed, -torch.inf)
+    chosen[ranked.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen
+
+
+def share(ratio: float, count: int) -> int:
+    """So many of `count` tokens; one at least where any are wanted."""
+    return min(count, max(1, round(ratio * count))) if ratio > 0 else 0

@@ -1,0 +1,58 @@
+"""Keys are moved by turning them by the difference of positions: exact, since turns add up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention import KvPool
+from engine.reuse.chunks import BlendPrompt, Placed
+from engine.rope import Rope, rotate
+
+
+Turn = tuple[Tensor, Tensor]
+
+
+def turn(rope: Rope, count: int, before: int, after: int, spans: tuple[int, int], device: torch.device) -> Turn | None:
+    """What moves keys of positions `before`, `before + 1`, … to `after` and on; None: they are right already.
+
+    `spans`: lengths of the text they were computed in and go to, where angles depend on those.
+    """
+    if before == after and (not rope.stretches or spans[0] == spans[1]):
+        return None
+    steps = torch.arange(count, device=device)
+    old, new = (
+        (steps + start, torch.full_like(steps, span) if rope.stretches else None)
+        for start, span in zip((before, after), spans, strict=True)
+    )
+    return rope.difference(old, new)
+
+
+def moved(keys: Tensor, by: Turn | None) -> Tensor:
+    """Keys [T, K, D] turned in float32, and rounded once."""
+    return keys if by is None else rotate(keys.float(), *by).to(keys.dtype)
+
+
+def take(pool: KvPool, slots: Tensor, rope: Rope, start: int, span: int) -> tuple[Tensor, ...]:
+    """Per layer [2, T, K, D] of the tokens at these slots, which stand from `start` on, with keys as for 0, 1, …"""
+    # Where angles depend on the length, that stays as it was: `ChunkKv.span` tells it.
+    by = turn(rope, len(slots), start, 0, (span, span), slots.device)
+    found = (memory.read(slots) for memory in pool.layers)
+    return tuple(torch.stack((moved(keys, by), values)) for keys, values in found)
+
+
+def place(pool: KvPool, prompt: BlendPrompt, slots: Tensor, rope: Rope, *, turned: bool = True) -> None:
+    """Write all chunks of a prompt to the pool; `slots` int64 [N] are those of its tokens.
+
+    `turned=False` leaves keys as for the chunk's own positions, which is wrong, and there to measure how wrong.
+    """
+    for piece in prompt.placed:
+        spans = (piece.chunk.span or len(piece.chunk.tokens), len(prompt.tokens))
+        by = turn(rope, piece.count, piece.offset, piece.start, spans, slots.device) if turned else None
+        _write(pool, piece, slots[piece.start : piece.stop], by)
+
+
+def _write(pool: KvPool, piece: Placed, slots: Tensor, by: Turn | None) -> None:
+    part = slice(piece.offset, piece.offset + piece.count)
+    for memory, layer in zip(pool.layers, piece.chunk.layers, strict=True):
+        memory.write(slots, moved(layer[0, part], by), layer[1, part])

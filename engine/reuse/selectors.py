@@ -1,0 +1,155 @@
+"""The published rules for what to compute again, the two ends, and chance. Each is a few lines over one protocol.
+
+`ratio` is always the share of the reused tokens that is computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.reuse.blending import Look, best, share
+from engine.reuse.chunks import BlendPrompt
+
+Deviation = Literal["k", "v", "kv"]
+
+
+class _Chosen:
+    """Base of those that know before anything is computed."""
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """See `Selector`."""
+        return ()
+
+    def narrow(self, layer: int, look: Look) -> Tensor:
+        """Never asked."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Full(_Chosen):
+    """Everything: the same as no reuse."""
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        return torch.ones_like(prompt.reused)
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing(_Chosen):
+    """Chunks as they are."""
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        return torch.zeros_like(prompt.reused)
+
+
+@dataclass(frozen=True, slots=True)
+class Random(_Chosen):
+    """Any, the same for the same prompt: what a rule must beat."""
+
+    ratio: float
+    seed: int = 0
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        generator = torch.Generator().manual_seed(hash((self.seed, *prompt.tokens)) & 0x7FFFFFFF)
+        scores = torch.rand(len(prompt.tokens), generator=generator)
+        return best(scores, prompt.reused, share(self.ratio, int(prompt.reused.sum())))
+
+
+@dataclass(frozen=True, slots=True)
+class Epic(_Chosen):
+    """The first tokens of each chunk (EPIC, arXiv 2410.15332): alone they were sinks, here they are not."""
+
+    ratio: float
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        chosen = torch.zeros_like(prompt.reused)
+        for piece in prompt.placed:
+            if not piece.exact:
+                chosen[piece.start : piece.start + share(self.ratio, piece.count)] = True
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBlend:
+    """Those whose keys or values deviate most at the check layer (CacheBlend, arXiv 2405.16444).
+
+    With several `stages`, (layer, ratio) with falling ratios, the paper's gradual filtering.
+    """
+
+    stages: tuple[tuple[int, float], ...]
+    score: Deviation = "kv"
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """See `Selector`."""
+        return tuple(layer for layer, _ in self.stages)
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        return torch.ones_like(prompt.reused)
+
+    def narrow(self, layer: int, look: Look) -> Tensor:
+        """See `Selector`."""
+        count = share(dict(self.stages)[layer], int(look.prompt.reused.sum()))
+        return best(deviation(look, self.score), look.reused, count)
+
+
+@dataclass(frozen=True, slots=True)
+class KvShare:
+    """Deviations weighted by the attention that the prompt's own tokens pay them (after KVShare, arXiv 2503.16525).
+
+    Its formula is not public: this is the change of the attention output to first order, Σ a·(|ΔV| + |V|·|q·ΔK|/√D),
+    over the queries of tokens that are not reused, at the check layer.
+    """
+
+    ratio: float
+    layer: int = 1
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """See `Selector`."""
+        return (self.layer,)
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        return torch.ones_like(prompt.reused)
+
+    def narrow(self, layer: int, look: Look) -> Tensor:
+        """See `Selector`."""
+        return best(influence(look), look.reused, share(self.ratio, int(look.prompt.reused.sum())))
+
+
+def deviation(look: Look, score: Deviation) -> Tensor:
+    """float32 [M]: squared distance of fresh keys or values from those held, summed over heads."""
+    total = torch.zeros(len(look.positions), device=look.positions.device)
+    for wanted, fresh, held in (("k", look.keys, look.held_keys), ("v", look.values, look.held_values)):
+        if wanted in score:
+            total += (fresh.float() - held.float()).square().sum((1, 2))
+    return total
+
+
+def influence(look: Look) -> Tensor:
+    """float32 [M]: how much the attention output of the tokens that are not reused hangs on each token's deviation."""
+    asking = ~look.reused
+    group = look.queries.shape[1] // look.keys.shape[1]
+    queries = look.queries[asking].float()
+    keys, values, old_keys, old_values = (
+        part.float().repeat_interleave(group, dim=1)
+        for part in (look.keys, look.values, look.held_keys, look.held_values)
+    )
+    root = queries.shape[-1] ** 0.5
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) / root
+    future = look.positions[None] > look.positions[asking][:, None]
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    change = torch.einsum("qhd,khd->hqk", queries, keys - old_keys).abs() / root
+    size = values.norm(dim=-1).T[:, None]
+    moved = (values - old_values).norm(dim=-1).T[:, None]
+    return (weights * (moved + size * change)).sum((0, 1))

@@ -1,0 +1,82 @@
+"""One prompt at a time through the model, with chunks of it reused: for measuring, and for deciding what is reused.
+
+What the engine serves goes through the executor; this has a pool of its own, and no books.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.attention import KvPool, Packed
+from engine.attention.sdpa import SdpaBackend
+from engine.checkpoint import Checkpoint
+from engine.model import Narrowing
+from engine.reuse.blending import Blend, Selector
+from engine.reuse.chunks import BlendPrompt, ChunkKv
+from engine.reuse.placing import place, take
+
+BLOCK = 16
+
+
+class Trial:
+    """Room for one prompt of up to `capacity` tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
+        config = checkpoint.config
+        self._checkpoint, self._backend = checkpoint, SdpaBackend()
+        blocks = -(-capacity // BLOCK)
+        self._pool = KvPool(
+            layers=config.layers,
+            blocks=blocks,
+            block_size=BLOCK,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+        )
+        self._slots = torch.arange(blocks * BLOCK, device=checkpoint.device)
+        self._table = torch.arange(blocks, dtype=torch.int32, device=checkpoint.device)[None]
+
+    def compute(self, tokens: Sequence[int], last: int, narrowing: Narrowing | None = None) -> Tensor:
+        """Logits [last, V] of the last tokens, everything computed."""
+        rows = torch.arange(len(tokens), device=self._slots.device)
+        return self._run(tokens, rows, last, narrowing)
+
+    def chunk(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> ChunkKv:
+        """The keys and values of these tokens, computed behind `after`."""
+        whole = [*after, *tokens]
+        self.compute(whole, 1)
+        return self.taken(whole, len(after), len(whole))
+
+    def taken(self, tokens: Sequence[int], start: int, stop: int) -> ChunkKv:
+        """A chunk out of the prompt computed last, which was `tokens`."""
+        layers = take(self._pool, self._slots[start:stop], self._checkpoint.model.rope, start, len(tokens))
+        return ChunkKv(tuple(tokens[start:stop]), layers, before=start, span=len(tokens))
+
+    def blend(self, prompt: BlendPrompt, selector: Selector, last: int, *, turned: bool = True) -> Tensor:
+        """Logits [last, V] of the last tokens, chunks reused as `selector` says."""
+        place(self._pool, prompt, self._slots[: len(prompt.tokens)], self._checkpoint.model.rope, turned=turned)
+        blend = Blend(prompt, selector, last)
+        return self._run(prompt.tokens, blend.rows, last, blend)
+
+    def _run(self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None) -> Tensor:
+        model, total, count = self._checkpoint.model, len(tokens), len(rows)
+        ids = torch.tensor(tokens, device=rows.device)
+        packed = Packed(
+            ids=ids[rows],
+            positions=rows,
+            slots=self._slots[rows],
+            tables=self._table[:, : -(-total // BLOCK)],
+            starts=torch.tensor([0, count], dtype=torch.int32, device=rows.device),
+            lengths=torch.tensor([total], dtype=torch.int32, device=rows.device),
+            counts=(count,),
+            totals=(total,),
+            drawing=torch.arange(count - last, count, device=rows.device),
+            spans=torch.full_like(rows, total) if model.rope.stretches else None,
+            firsts=(int(rows[0]),),
+        )
+        with torch.inference_mode():
+            return model.logits(model.forward(packed, self._pool, self._backend, narrowing))
