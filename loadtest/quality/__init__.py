@@ -1,0 +1,1 @@
+"""What reusing keys and values costs in answers: tasks, measurements, tables."""
