@@ -143,6 +143,7 @@ class Turned:
     values: Tensor
     held: tuple[Tensor, Tensor]
     """Keys and values that the pool had for these tokens before, [N, K, D] each."""
+    memory: LayerPool
 
 
 class Narrowing(Protocol):
@@ -185,7 +186,7 @@ class Decoder:
             held = None if narrowing is None else narrowing.before(index, memory, packed)
             queries, *fresh = self._heads_of(layer, normed, (cos, sin), memory, packed.slots)
             if narrowing is not None and held is not None:
-                kept = narrowing.narrow(index, Turned(packed, queries, fresh[0], fresh[1], held))
+                kept = narrowing.narrow(index, Turned(packed, queries, fresh[0], fresh[1], held, memory))
                 if kept is not None:
                     rows, packed = kept
                     x, queries, cos, sin, *fresh = (part[rows] for part in (x, queries, cos, sin, *fresh))

@@ -33,6 +33,16 @@ class Look:
     held_keys: Tensor
     """[M, K, D], as are the values: as the chunks brought them, turned."""
     held_values: Tensor
+    all_keys: Tensor
+    """[N, K, D]: of the whole prompt, in this layer, as they are now."""
+
+    def attention(self, rows: Tensor) -> Tensor:
+        """float32 [H, R, N]: what the tokens that `rows`, bool [M], names attend to."""
+        queries = self.queries[rows].float()
+        keys = self.all_keys.float().repeat_interleave(queries.shape[1] // self.all_keys.shape[1], dim=1)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / queries.shape[-1] ** 0.5
+        future = torch.arange(len(keys), device=keys.device) > self.positions[rows][:, None]
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
 
     @property
     def reused(self) -> Tensor:
@@ -80,7 +90,8 @@ class Blend:
     def narrow(self, layer: int, turned: Turned) -> tuple[Tensor, Packed] | None:
         """See `Narrowing`."""
         packed = turned.packed
-        look = Look(self._prompt, packed.positions, turned.queries, turned.keys, turned.values, *turned.held)
+        keys = turned.memory.keys[packed.tables[0].long()].flatten(0, 1)[: packed.totals[0]]
+        look = Look(self._prompt, packed.positions, turned.queries, turned.keys, turned.values, *turned.held, keys)
         kept = self._selector.narrow(layer, look) | self._needed.to(packed.positions.device)[packed.positions]
         rows = kept.nonzero()[:, 0]
         self.computed[-1] = len(rows)

@@ -27,7 +27,9 @@ class ChunkKv:
 
     def __post_init__(self) -> None:
         if not self.tokens or any(layer.shape[:2] != (2, len(self.tokens)) for layer in self.layers):
-            raise ValueError(f"a chunk of {len(self.tokens)} tokens needs keys and values of all of them in every layer")
+            raise ValueError(
+                f"a chunk of {len(self.tokens)} tokens needs keys and values of all of them in every layer"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

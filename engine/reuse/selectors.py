@@ -141,15 +141,11 @@ def influence(look: Look) -> Tensor:
     asking = ~look.reused
     group = look.queries.shape[1] // look.keys.shape[1]
     queries = look.queries[asking].float()
-    keys, values, old_keys, old_values = (
+    values, turns, moves = (
         part.float().repeat_interleave(group, dim=1)
-        for part in (look.keys, look.values, look.held_keys, look.held_values)
+        for part in (look.values, look.keys - look.held_keys, look.values - look.held_values)
     )
-    root = queries.shape[-1] ** 0.5
-    scores = torch.einsum("qhd,khd->hqk", queries, keys) / root
-    future = look.positions[None] > look.positions[asking][:, None]
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    change = torch.einsum("qhd,khd->hqk", queries, keys - old_keys).abs() / root
-    size = values.norm(dim=-1).T[:, None]
-    moved = (values - old_values).norm(dim=-1).T[:, None]
+    weights = look.attention(asking)[:, :, look.positions]
+    change = torch.einsum("qhd,khd->hqk", queries, turns).abs() / queries.shape[-1] ** 0.5
+    moved, size = (part.norm(dim=-1).T[:, None] for part in (moves, values))
     return (weights * (moved + size * change)).sum((0, 1))
