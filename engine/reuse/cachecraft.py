@@ -1,8 +1,8 @@
-"""Cache-Craft's rule (arXiv 2502.15734): chunks kept as first prompts computed them, repaired by how far those differ.
+"""Cache-Craft's rule (arXiv 2502.15734): chunks kept as first prompts computed them, and their repair.
 
-Where a chunk is computed in a prompt, its context index says how much its tokens attended to each chunk before it. Placed
-behind others, the more of that attention is lost, the more of its tokens are computed again: those first that had
-attended most to what stood before.
+Where a chunk is computed in a prompt, its context index says how much its tokens attended to each chunk before
+it. Placed behind others, the more of that attention is lost, the more of its tokens are computed again: those first
+that had attended most to what stood before.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from engine.attention import KvPool
 from engine.reuse.chunks import BlendPrompt, Placed
 from engine.rope import Rope, rotate
 
-
 Turn = tuple[Tensor, Tensor]
 
 

@@ -17,7 +17,7 @@ from engine.reuse.chunks import BlendPrompt
 Deviation = Literal["k", "v", "kv"]
 
 
-class _Chosen:
+class Chosen:
     """Base of those that know before anything is computed."""
 
     @property
@@ -31,7 +31,7 @@ class _Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Full(_Chosen):
+class Full(Chosen):
     """Everything: the same as no reuse."""
 
     def choose(self, prompt: BlendPrompt) -> Tensor:
@@ -40,7 +40,7 @@ class Full(_Chosen):
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing(_Chosen):
+class Nothing(Chosen):
     """Chunks as they are."""
 
     def choose(self, prompt: BlendPrompt) -> Tensor:
@@ -49,7 +49,7 @@ class Nothing(_Chosen):
 
 
 @dataclass(frozen=True, slots=True)
-class Random(_Chosen):
+class Random(Chosen):
     """Any, the same for the same prompt: what a rule must beat."""
 
     ratio: float
@@ -63,7 +63,7 @@ class Random(_Chosen):
 
 
 @dataclass(frozen=True, slots=True)
-class Epic(_Chosen):
+class Epic(Chosen):
     """The first tokens of each chunk (EPIC, arXiv 2410.15332): alone they were sinks, here they are not."""
 
     ratio: float

@@ -15,7 +15,7 @@ from engine.attention.sdpa import SdpaBackend
 from engine.checkpoint import Checkpoint
 from engine.model import Narrowing
 from engine.reuse.blending import Blend, Selector
-from engine.reuse.chunks import BlendPrompt, ChunkKv
+from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex
 from engine.reuse.placing import place, take
 
 BLOCK = 16
@@ -51,15 +51,18 @@ class Trial:
         self.compute(whole, 1)
         return self.taken(whole, len(after), len(whole))
 
-    def taken(self, tokens: Sequence[int], start: int, stop: int) -> ChunkKv:
+    def taken(self, tokens: Sequence[int], start: int, stop: int, context: ContextIndex | None = None) -> ChunkKv:
         """A chunk out of the prompt computed last, which was `tokens`."""
         layers = take(self._pool, self._slots[start:stop], self._checkpoint.model.rope, start, len(tokens))
-        return ChunkKv(tuple(tokens[start:stop]), layers, before=start, span=len(tokens))
+        return ChunkKv(tuple(tokens[start:stop]), layers, before=start, span=len(tokens), context=context)
 
     def blend(self, prompt: BlendPrompt, selector: Selector, last: int, *, turned: bool = True) -> Tensor:
         """Logits [last, V] of the last tokens, chunks reused as `selector` says."""
+        return self.run(prompt, Blend(prompt, selector, last), last, turned=turned)
+
+    def run(self, prompt: BlendPrompt, blend: Blend, last: int = 1, *, turned: bool = True) -> Tensor:
+        """As `blend`, for who wants to see afterwards what was computed."""
         place(self._pool, prompt, self._slots[: len(prompt.tokens)], self._checkpoint.model.rope, turned=turned)
-        blend = Blend(prompt, selector, last)
         return self._run(prompt.tokens, blend.rows, last, blend)
 
     def _run(self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None) -> Tensor:

@@ -54,6 +54,10 @@ class Tasks:
         maker = makers[task]
         return (maker() for _ in range(count))
 
+    def long(self, chunks: int, size: int) -> Prompt:
+        """One prompt of longer chunks, for measuring time."""
+        return self._prompt([self._stretch(size) for _ in range(chunks)], self._stretch(SUFFIX))
+
     def _quote(self) -> Prompt:
         chunks = [self._stretch(CHUNK) for _ in range(self._several())]
         source = chunks[int(self._rng.integers(len(chunks)))]

@@ -30,12 +30,29 @@ _FOREIGN = ((0x4E00, 0x9FA5), (0x3041, 0x30FF), (0xAC00, 0xD7A3), (0x400, 0x45F)
 _SYNTAX = [*"{}[]()<>=+-*/;:,.#@!&|$%^~_`\"'\\", "\n", "\n\n", "    ", "\n* ", "\n1. ", "\n- ", "```", "==", "->", "**"]
 
 
+HELD_OUT = 0.02
+"""Share of every text, its end, that nothing is trained on: what measurements read."""
+
+
 def read_books(folder: Path) -> str:
-    """All texts below `folder/text`, joined. Raises FileNotFoundError when there are none."""
+    """What is trained on of all texts below `folder/text`, joined. Raises FileNotFoundError when there are none."""
+    return "\n\n".join(text[: _border(text)] for text in _texts(folder))
+
+
+def held_out(folder: Path) -> str:
+    """The rest of them. Raises FileNotFoundError."""
+    return "\n\n".join(text[_border(text) :] for text in _texts(folder))
+
+
+def _border(text: str) -> int:
+    return len(text) - int(len(text) * HELD_OUT)
+
+
+def _texts(folder: Path) -> list[str]:
     files = sorted((folder / "text").glob("*.txt.gz"))
     if not files:
         raise FileNotFoundError(f"no *.txt.gz below {folder / 'text'}")
-    return "\n\n".join(gzip.decompress(file.read_bytes()).decode() for file in files)
+    return [gzip.decompress(file.read_bytes()).decode() for file in files]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,56 @@
+"""Hitpath's own rule: which tokens of a chunk hang on what stands before them is measured once, when there is time.
+
+CacheBlend finds out anew in every prompt, at the price of computing everything up to its check layer, and sees only that
+layer's deviations. But mostly it is the same tokens whatever stands before. So a stored chunk is computed once more
+behind texts of others, the deviations of *all* layers are added up, and with every prompt the tokens that moved most
+are computed again, from the first layer on and without looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.reuse.blending import best, share
+from engine.reuse.chunks import BlendPrompt, ChunkKv
+from engine.reuse.selectors import Chosen
+
+
+def deviation_of(one: ChunkKv, other: ChunkKv) -> Tensor:
+    """float32 [T]: squared distance of keys and values of the same tokens, summed over layers and heads."""
+    if one.tokens != other.tokens:
+        raise ValueError("only the same tokens can be compared")
+    pairs = zip(one.layers, other.layers, strict=True)
+    return torch.stack([(a.float() - b.float()).square().sum((0, 2, 3)) for a, b in pairs]).sum(0)
+
+
+def measured(chunk: ChunkKv, elsewhere: Sequence[ChunkKv]) -> ChunkKv:
+    """The chunk with its tokens' sensitivity; `elsewhere`: the same chunk computed behind other texts, one or more."""
+    return replace(chunk, sensitivity=torch.stack([deviation_of(chunk, other) for other in elsewhere]).mean(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitive(Chosen):
+    """The most sensitive tokens of all chunks together, so that each chunk gets what it needs.
+
+    Of a chunk that was not measured yet, its first tokens count as the most sensitive ones, as EPIC has it.
+    """
+
+    ratio: float
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        chosen = torch.zeros_like(prompt.reused)
+        scores = torch.zeros(len(prompt.tokens))
+        for piece in prompt.placed:
+            if piece.exact:
+                continue
+            if piece.chunk.sensitivity is not None:
+                scores[piece.start : piece.stop] = piece.chunk.sensitivity[piece.offset :][: piece.count]
+            else:
+                chosen[piece.start : piece.start + share(self.ratio, piece.count)] = True
+        known = prompt.reused & (scores > 0)
+        return chosen | best(scores, known, share(self.ratio, int(prompt.reused.sum())) - int(chosen.sum()))
