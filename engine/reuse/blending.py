@@ -42,7 +42,8 @@ class Look:
         keys = self.all_keys.float().repeat_interleave(queries.shape[1] // self.all_keys.shape[1], dim=1)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / queries.shape[-1] ** 0.5
         future = torch.arange(len(keys), device=keys.device) > self.positions[rows][:, None]
-        return scores.masked_fill(future, -torch.inf).softmax(-1)
+        weights: Tensor = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return weights
 
     @property
     def reused(self) -> Tensor:

@@ -148,4 +148,5 @@ def influence(look: Look) -> Tensor:
     weights = look.attention(asking)[:, :, look.positions]
     change = torch.einsum("qhd,khd->hqk", queries, turns).abs() / queries.shape[-1] ** 0.5
     moved, size = (part.norm(dim=-1).T[:, None] for part in (moves, values))
-    return (weights * (moved + size * change)).sum((0, 1))
+    total: Tensor = (weights * (moved + size * change)).sum((0, 1))
+    return total

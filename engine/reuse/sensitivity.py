@@ -1,9 +1,9 @@
 """Hitpath's own rule: which tokens of a chunk hang on what stands before them is measured once, when there is time.
 
-CacheBlend finds out anew in every prompt, at the price of computing everything up to its check layer, and sees only that
-layer's deviations. But mostly it is the same tokens whatever stands before. So a stored chunk is computed once more
-behind texts of others, the deviations of *all* layers are added up, and with every prompt the tokens that moved most
-are computed again, from the first layer on and without looking.
+CacheBlend finds out anew in every prompt, at the price of computing everything up to its check layer, and sees only
+that layer's deviations. But mostly it is the same tokens whatever stands before. So a stored chunk is computed once
+more behind texts of others, the deviations of *all* layers are added up, and with every prompt the tokens that moved
+most are computed again, from the first layer on and without looking.
 """
 
 from __future__ import annotations

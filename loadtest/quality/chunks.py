@@ -28,7 +28,7 @@ from engine.reuse.selectors import CacheBlend, Chosen, Epic, Full, KvShare, Noth
 from engine.reuse.sensitivity import Sensitive, deviation_of, measured
 from engine.reuse.trial import Trial
 from loadtest.data import data_dir
-from loadtest.quality.report import Row, table
+from loadtest.quality.report import Row, save, table
 from loadtest.quality.statistics import divergence, relative
 from loadtest.quality.tasks import SUFFIX, Prompt, Tasks
 from loadtest.training.samples import held_out

@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 560, 400
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method: its divergence per task relative to chunks as they are, and what it costs relative to full prefill."""
+    """One method: divergence per task relative to chunks as they are, and costs relative to full prefill."""
 
     name: str
     stored: str
@@ -49,9 +49,8 @@ def table(rows: Sequence[Row]) -> str:
 def save(rows: Sequence[Row], facts: dict[str, Any], out: Path) -> None:
     """Write `chunks.json`, `chunks.md` and, where there is something to see, `chunks.svg`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "chunks.json").write_text(
-        json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    )
+    whole = {"facts": facts, "rows": [asdict(row) for row in rows]}
+    (out / "chunks.json").write_text(json.dumps(whole, indent=1) + "\n")
     (out / "chunks.md").write_text(table(rows))
     for task in rows[0].quality:
         (out / f"chunks-{task}.svg").write_text(plot(rows, task))

@@ -8,6 +8,8 @@ it never does. Started near it, training keeps and sharpens it; no weight stays 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ def lay_out(model: nn.Module, *, theta: float, seed: int) -> None:
         _lay_out(weights, theta, generator)
 
 
-def _lay_out(weights: dict[str, Tensor], theta: float, generator: torch.Generator) -> None:
+def _lay_out(weights: Mapping[str, Tensor], theta: float, generator: torch.Generator) -> None:
     def part(layer: int, name: str) -> Tensor:
         return weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
 

@@ -1,0 +1,274 @@
+"""Chunks placed elsewhere: exact where that can be, and otherwise nothing but what was chosen is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.reuse.blending import Blend, Selector, best, share
+from engine.reuse.cachecraft import CacheCraft, Observer, context_index, overhead, overlap, version
+from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed
+from engine.reuse.placing import moved, turn
+from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
+from engine.reuse.sensitivity import Sensitive, measured
+from engine.reuse.trial import Trial
+from engine.rope import rotate
+from tests.engine.checkpoints import write
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10_000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10_000.0,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("llama", {}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0},
+        },
+    ),
+    "window": ("mistral", {"sliding_window": 24}),
+    "normed": ("qwen3", {}),
+}
+SELECTORS: tuple[Selector, ...] = (
+    Nothing(),
+    Random(0.2),
+    Epic(0.2),
+    CacheBlend(((1, 0.2),)),
+    CacheBlend(((0, 0.6), (1, 0.4), (2, 0.2)), "v"),
+    KvShare(0.2),
+    Sensitive(0.2),
+    CacheCraft(0.5, focus=0.5),
+)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    family, changes = VARIANTS[request.param]
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    write(directory, family, **changes)
+    return load_checkpoint(directory, name=request.param, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("plain")
+    write(directory)
+    return load_checkpoint(directory, name="plain", dtype="float32")
+
+
+def some(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    row: list[int] = torch.randint(0, 256, (count,), generator=generator).tolist()
+    return row
+
+
+def prompt_of(checkpoint: Checkpoint, *, head: int = 3, between: int = 2, measure: bool = False) -> BlendPrompt:
+    """Three chunks of 20 tokens with a few tokens around each, and a question of six."""
+    store = Trial(checkpoint, 128)
+    tokens, placed = some(head, 99), []
+    for seed in range(3):
+        ids = some(20, seed)
+        chunk = store.chunk(ids)
+        if measure:
+            chunk = measured(chunk, [store.chunk(ids, after=some(15, 50 + seed))])
+        placed.append(Placed(chunk, len(tokens), 0, 20, name=bytes([seed])))
+        tokens += ids + some(between, 10 + seed)
+    return BlendPrompt(tokens + some(6, 20), tuple(placed))
+
+
+def test_all_computed_is_an_ordinary_prefill(variant: Checkpoint) -> None:
+    prompt = prompt_of(variant)
+    trial = Trial(variant, 128)
+    torch.testing.assert_close(trial.blend(prompt, Full(), 6), trial.compute(prompt.tokens, 6), atol=1e-4, rtol=0)
+
+
+def test_a_chunk_at_the_start_needs_nothing(variant: Checkpoint) -> None:
+    trial, ids = Trial(variant, 128), some(40, 1)
+    tokens = ids + some(7, 2)
+    if variant.model.rope.stretches:
+        ids, tokens = ids[:20], [*ids[:20], *tokens[40:]]  # beyond the trained length angles depend on it
+    exact = trial.compute(tokens, 7)
+    prompt = BlendPrompt(tokens, (Placed(Trial(variant, 128).chunk(ids), 0, 0, len(ids)),))
+    for selector in SELECTORS:
+        torch.testing.assert_close(trial.blend(prompt, selector, 7), exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 61), (17, 3), (5, 5), (40, 70_000), (70_000, 0)])
+def test_keys_are_turned_exactly(variant: Checkpoint, before: int, after: int) -> None:
+    """Turned for one place and moved, keys are those turned for the other place: to float32's last digits."""
+    rope, config = variant.model.rope, variant.config
+    keys = torch.randn(12, config.kv_heads, config.head_dim, generator=torch.Generator().manual_seed(1))
+    spans = (before + 12, after + 12)
+
+    def at(start: int, span: int) -> torch.Tensor:
+        positions = torch.arange(start, start + 12)
+        return rotate(keys, *rope(positions, torch.full_like(positions, span) if rope.stretches else None))
+
+    there = moved(at(before, spans[0]), turn(rope, 12, before, after, spans, keys.device))
+    torch.testing.assert_close(there, at(after, spans[1]), atol=1e-5, rtol=0)
+
+
+def test_what_is_placed_can_be_taken_again(variant: Checkpoint) -> None:
+    trial, tokens = Trial(variant, 128), some(31, 4)
+    chunk = Trial(variant, 128).chunk(tokens[6:26])
+    trial.blend(BlendPrompt(tokens, (Placed(chunk, 6, 0, 20),)), Nothing(), 1)
+    for ours, theirs in zip(chunk.layers, trial.taken(tokens, 6, 26).layers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_without_turning_it_is_wrong(plain: Checkpoint) -> None:
+    prompt, trial = prompt_of(plain), Trial(plain, 128)
+    exact = trial.compute(prompt.tokens, 6)
+    errors = [(trial.blend(prompt, Nothing(), 6, turned=turned) - exact).abs().mean() for turned in (True, False)]
+    assert errors[1] > errors[0] > 1e-3
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: type(selector).__name__)
+def test_only_what_is_chosen_is_computed(plain: Checkpoint, selector: Selector) -> None:
+    prompt, trial = prompt_of(plain, measure=True), Trial(plain, 128)
+    blend = Blend(prompt, selector)
+    trial.run(prompt, blend)
+    fresh = int((~prompt.reused).sum())
+    assert fresh <= blend.computed[-1] <= fresh + 0.6 * 60
+    assert blend.computed == sorted(blend.computed, reverse=True)
+
+
+def test_what_is_not_chosen_stays_as_it_was_brought(plain: Checkpoint) -> None:
+    prompt, trial = prompt_of(plain, measure=True), Trial(plain, 128)
+    trial.blend(prompt, Nothing(), 1)
+    brought = trial.taken(prompt.tokens, 0, len(prompt.tokens))
+    for selector in (Random(0.2), Epic(0.2), Sensitive(0.2)):
+        blend = Blend(prompt, selector)
+        trial.run(prompt, blend)
+        found = trial.taken(prompt.tokens, 0, len(prompt.tokens))
+        left = torch.ones(len(prompt.tokens), dtype=torch.bool)
+        left[blend.rows] = False
+        for ours, theirs in zip(found.layers, brought.layers, strict=True):
+            assert torch.equal(ours[:, left], theirs[:, left])
+            # In the first layer nothing depends on other tokens, so what is computed again is what was brought.
+        torch.testing.assert_close(found.layers[0], brought.layers[0], atol=1e-4, rtol=0)
+        assert not torch.equal(found.layers[1][:, ~left], brought.layers[1][:, ~left])
+
+
+@pytest.mark.parametrize(
+    "selector", [SELECTORS[0], *SELECTORS[2:5], SELECTORS[6]], ids=lambda selector: type(selector).__name__
+)
+def test_computed_tokens_see_nothing_that_comes_after(plain: Checkpoint, selector: Selector) -> None:
+    """With another question behind them, all chunks come out the same."""
+    prompt, trial = prompt_of(plain), Trial(plain, 128)
+    end = prompt.placed[-1].stop
+    found = []
+    for question in (prompt.tokens[end:], some(8, 77)):
+        tokens = [*prompt.tokens[:end], *question]
+        trial.blend(BlendPrompt(tokens, prompt.placed), selector, 8)
+        found.append(trial.taken(tokens, 0, end))
+    for ours, theirs in zip(found[0].layers, found[1].layers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_more_is_closer(plain: Checkpoint) -> None:
+    prompt, trial = prompt_of(plain, measure=True), Trial(plain, 128)
+    exact = trial.compute(prompt.tokens, 6)
+    for make in (lambda r: CacheBlend(((1, r),)), Sensitive):
+        errors = [float((trial.blend(prompt, make(ratio), 6) - exact).abs().mean()) for ratio in (0.05, 0.5, 1.0)]
+        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] < 1e-4
+
+
+def test_a_part_of_a_chunk_is_placed_too(plain: Checkpoint) -> None:
+    ids, trial = some(40, 5), Trial(plain, 128)
+    chunk = Trial(plain, 128).chunk(ids)
+    prompt = BlendPrompt([*some(5, 6), *ids[8:30], *some(4, 7)], (Placed(chunk, 5, 8, 22),))
+    torch.testing.assert_close(trial.blend(prompt, Full(), 4), trial.compute(prompt.tokens, 4), atol=1e-4, rtol=0)
+    assert trial.blend(prompt, Epic(0.3), 4).isfinite().all()
+
+
+def test_sensitivity_finds_the_tokens_that_move(plain: Checkpoint) -> None:
+    store, ids = Trial(plain, 128), some(20, 8)
+    alone = store.chunk(ids)
+    chunk = measured(alone, [store.chunk(ids, after=some(12, 9)), store.chunk(ids, after=some(30, 10))])
+    assert chunk.sensitivity is not None
+    assert chunk.sensitivity.shape == (20,)
+    assert float(chunk.sensitivity.min()) > 0
+    prompt = BlendPrompt([*some(5, 6), *ids, *some(4, 7)], (Placed(chunk, 5, 0, 20),))
+    picked = Sensitive(0.25).choose(prompt)
+    assert int(picked.sum()) == 5
+    assert chunk.sensitivity[picked[5:25]].min() >= chunk.sensitivity[~picked[5:25]].max()
+    unmeasured = BlendPrompt(prompt.tokens, (Placed(alone, 5, 0, 20),))
+    assert torch.equal(Sensitive(0.25).choose(unmeasured), Epic(0.25).choose(unmeasured))
+
+
+def test_prompts_that_do_not_fit_their_chunks_are_refused(plain: Checkpoint) -> None:
+    ids = some(10, 1)
+    chunk = Trial(plain, 64).chunk(ids)
+    with pytest.raises(ValueError, match="other tokens"):
+        BlendPrompt([1, *ids], (Placed(chunk, 0, 0, 10),))
+    with pytest.raises(ValueError, match="overlap"):
+        BlendPrompt([*ids, *ids], (Placed(chunk, 0, 0, 10), Placed(chunk, 5, 0, 10)))
+    with pytest.raises(ValueError, match="in every layer"):
+        ChunkKv((1, 2, 3), chunk.layers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.booleans()), min_size=1, max_size=30), st.integers(0, 35))
+def test_best(rows: list[tuple[float, bool]], count: int) -> None:
+    scores, allowed = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+    chosen = best(scores, allowed, count)
+    assert not (chosen & ~allowed).any()
+    assert int(chosen.sum()) == min(count, int(allowed.sum()))
+    left = allowed & ~chosen
+    assert not chosen.any() or not left.any() or scores[chosen].min() >= scores[left].max()
+
+
+def test_share() -> None:
+    assert [share(0.0, 9), share(0.01, 9), share(0.5, 9), share(1.0, 9), share(0.3, 0)] == [0, 1, 4, 9, 0]
+
+
+def test_context_index_of_a_real_prompt(plain: Checkpoint) -> None:
+    ends, names = [4, 16, 30], [b"head", b"one", b"two"]
+    observer = Observer(ends)
+    Trial(plain, 64).compute(some(30, 1), 1, observer)
+    torch.testing.assert_close(observer.mass.sum(1), torch.ones(30))
+    assert float(observer.mass[:4, 1:].sum()) == 0.0
+    context = context_index(observer.mass, names, ends, 2)
+    assert context.prefix == (b"head", b"one")
+    assert len(context.inter) == 2
+    assert 0.0 < context.impact < 1.0
+    assert float(context.outside.sum()) == pytest.approx(sum(context.inter), rel=1e-5)
+
+
+def test_overlap_counts_what_is_there_again_and_in_which_order() -> None:
+    context = ContextIndex((b"a", b"b", b"c"), (3.0, 1.0, 0.0), torch.zeros(4), 0.8)
+    assert overlap(context, [b"a", b"b", b"c"]) == 1.0
+    assert overlap(context, [b"a"]) == 0.75
+    assert overlap(context, [b"c", b"b", b"a"]) == 0.0
+    assert overlap(context, [b"b", b"a", b"c"]) == pytest.approx(2 / 3)
+    assert overlap(context, []) == 0.0
+    assert overhead(context, [b"a", b"b", b"c"]) == 0.0
+    assert overhead(context, []) == pytest.approx(0.8)
+    assert overhead(context, [], scale=2.0) == 1.0
+    assert overhead(None, []) == 0.5
+
+
+def test_the_version_from_the_most_similar_prompt_is_taken(plain: Checkpoint) -> None:
+    layers = Trial(plain, 64).chunk(some(4, 1)).layers
+    contexts = [ContextIndex((name,), (1.0,), torch.zeros(4), 0.5) for name in (b"x", b"y")]
+    versions = [ChunkKv(tuple(some(4, 1)), layers, before=3, context=context) for context in contexts]
+    assert version(versions, [b"y"]) is versions[1]
+    assert version(versions, [b"x"]) is versions[0]
