@@ -1,8 +1,9 @@
 """Train the bundled smoke-test model: `python -m loadtest.training.bundled --out engine/bundled`.
 
 A Llama-layout decoder of 5.4 million parameters over a byte-level BPE of 4 096 tokens, from public-domain books alone.
-Short rows with exact repeats until copying appears, longer mixed rows, a few very long ones so that a long prompt does
-not keep an answer from ending, and a last part on answers gone astray, which must end all the same.
+It starts with weights that copy (`loadtest.training.copying`). Short rows with many repeats keep that while the language
+is learned, longer mixed rows carry it further, a few very long ones see to it that a long prompt does not keep an answer
+from ending, and a last part is on answers gone astray, which must end all the same.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loadtest.data import data_dir
+from loadtest.training.copying import faster, lay_out
 from loadtest.training.samples import IGNORE, Row, Samples, Specials, read_books
 
 VOCABULARY = 4096
+THETA = 100_000.0
+"""Base of the rotary angles: the slower half of them hardly turns over the rows that are trained on."""
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIG: dict[str, Any] = {
@@ -45,8 +49,8 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-    "rope_theta": 10_000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+    "rope_theta": THETA,
     "initializer_range": 0.02,
     **IDS,
     "dtype": "bfloat16",
@@ -89,13 +93,14 @@ class Phase:
 
 
 PHASES = (
-    Phase(700, 256, 16, {"book": 0.65, "repeat": 0.25, "chats": 0.10}),
-    Phase(1150, 640, 6, {"book": 0.34, "repeat": 0.10, "quotes": 0.08, "facts": 0.13, "chats": 0.35}),
-    Phase(90, 2048, 2, {"book": 0.2, "facts": 0.1, "chats": 0.2, "long_chat": 0.5}),
-    Phase(30, 4096, 1, {"book": 0.2, "long_chat": 0.8}),
+    Phase(400, 128, 16, {"book": 0.45, "repeat": 0.45, "quotes": 0.10}),
+    Phase(300, 256, 8, {"book": 0.40, "repeat": 0.25, "quotes": 0.15, "facts": 0.10, "chats": 0.10}),
+    Phase(900, 640, 6, {"book": 0.28, "repeat": 0.08, "quotes": 0.17, "facts": 0.17, "chats": 0.30}),
+    Phase(60, 2048, 2, {"book": 0.1, "quotes": 0.1, "facts": 0.1, "chats": 0.2, "long_chat": 0.5}),
+    Phase(20, 4096, 1, {"book": 0.2, "long_chat": 0.8}),
 )
 FINISH = (
-    Phase(190, 640, 6, {"book": 0.15, "quotes": 0.1, "facts": 0.1, "chats": 0.35, "endings": 0.3}),
+    Phase(150, 640, 6, {"book": 0.15, "quotes": 0.1, "facts": 0.1, "chats": 0.35, "endings": 0.3}),
     Phase(20, 2048, 2, {"long_chat": 0.4, "chats": 0.3, "endings": 0.3}),
 )
 WARM_UP = 60
@@ -121,13 +126,8 @@ def train_tokenizer(books: str) -> Tokenizer:
 
 
 def new_model() -> nn.Module:
-    """The decoder with small random weights, as transformers builds it: the engine's own cannot be trained."""
+    """The decoder as transformers builds it: the engine's own cannot be trained."""
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in CONFIG.items() if "dtype" not in k}))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            # Projections back into the stream start smaller, so that depth does not blow it up.
-            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(parameter, std=0.02 / (12**0.5 if deep else 1.0))
     return model
 
 
@@ -157,15 +157,15 @@ def train(
 ) -> None:
     """AdamW with bfloat16 autocast up to learning rate `peak`; prints the running loss."""
     total = sum(phase.steps for phase in phases)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
-    )
+    groups = [
+        {"params": [weight], "faster": faster(name), "weight_decay": 0.01 if weight.dim() > 1 else 0.0}
+        for name, weight in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     began, mean = time.monotonic(), 0.0
     for step, (inputs, targets) in enumerate(batches(samples, rng, phases)):
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(step, total)
+            group["lr"] = peak * rate(step, total) * group["faster"]
         loss = loss_of(model, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,7 +173,17 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         mean = 0.95 * mean + 0.05 * loss.item() if step else loss.item()
         if step % 25 == 0 or step == total - 1:
-            print(f"step {step}/{total} loss {mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+            seconds = f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of CPU"
+            print(f"step {step}/{total} loss {mean:.3f} {copied(model, samples)} {seconds}", flush=True)
+
+
+@torch.no_grad()
+def copied(model: nn.Module, samples: Samples) -> str:
+    """What a passage costs per token when it stands there for the first time, and 300 tokens later once more."""
+    rows = torch.from_numpy(np.stack([samples.recalled(50, 300) for _ in range(4)]))
+    scores = model(rows, use_cache=False).logits.float().log_softmax(-1)
+    costs = -scores[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+    return f"new {costs[:, 4:49].mean():.2f} again {costs[:, -45:].mean():.2f}"
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -229,11 +239,13 @@ def main() -> None:
     samples = Samples(books, tokenizer, specials, rng)
     model = new_model()
     if args.finish is None:
-        train(model, samples, rng, PHASES, peak=2.5e-3)
+        lay_out(model, samples.stream, theta=THETA, seed=args.seed)
+        train(model, samples, rng, PHASES, peak=4e-4)
+        save(model, tokenizer, args.out)
     else:
         stored = load_file(args.finish / "model.safetensors")
         model.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, strict=False)
-    train(model, samples, rng, FINISH, peak=8e-4)
+    train(model, samples, rng, FINISH, peak=1.3e-4)
     save(model, tokenizer, args.out)
     print(f"wrote {args.out}", flush=True)
 
