@@ -1,9 +1,9 @@
 """Train the bundled smoke-test model: `python -m loadtest.training.bundled --out engine/bundled`.
 
 A Llama-layout decoder of 5.4 million parameters over a byte-level BPE of 4 096 tokens, from public-domain books alone.
-It starts with weights that copy (`loadtest.training.copying`). Short rows with many repeats keep that while the language
-is learned, longer mixed rows carry it further, a few very long ones see to it that a long prompt does not keep an answer
-from ending, and a last part is on answers gone astray, which must end all the same.
+It starts with weights that copy (`loadtest.training.copying`). Short rows with many repeats keep that while the
+language is learned, longer mixed rows carry it further, a few very long ones see to it that a long prompt does not keep
+an answer from ending, and a last part is on answers gone astray, which must end all the same.
 """
 
 from __future__ import annotations
