@@ -16,12 +16,7 @@ from loadtest.quality.statistics import Relative, divergence, relative
 from loadtest.quality.tasks import CHUNK, SUFFIX, Tasks
 from tests.engine.checkpoints import write, write_tokenizer
 
-TEXT = (
-    " ".join(
-        f"Alice met Robert at the {word} and Walter said nothing." for word in ["gate", "well", "mill", "inn", "ford"]
-    )
-    * 40
-)
+TEXT = 40 * " ".join(f"Alice met Robert at the {word}; Walter said nothing." for word in ("gate", "well", "mill"))
 
 
 @pytest.fixture
@@ -56,9 +51,10 @@ def test_divergence_is_zero_only_for_the_same() -> None:
 
 def test_ratios_are_compared_prompt_by_prompt() -> None:
     base = np.exp(np.random.default_rng(0).normal(0, 5, 300))
-    found = relative(base * np.exp(np.random.default_rng(1).normal(np.log(0.2), 0.5, 300)), base)
-    assert found.low < 0.2 < found.high
-    assert found.high / found.low < 1.2
+    noise = np.random.default_rng(1).normal(np.log(0.2), 0.5, 300)
+    found = relative(base * np.exp(noise), base)
+    assert found.value == pytest.approx(np.exp(noise.mean()))
+    assert found.low < found.value < found.high < 1.2 * found.low  # the prompts' own differences cancel
     assert relative(base, base).value == 1.0
 
 
@@ -67,22 +63,21 @@ def test_every_method_runs_and_all_of_it_is_exact(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path, name="tiny", dtype="float32")
     ours, others = (Tasks(TEXT, checkpoint.tokenizer, (7, 8), seed) for seed in (1, 2))
     bench, chosen = chunks.Bench(checkpoint, 1024), chunks.methods()
-    found = {task: chunks.measure(bench, ours, others, task, 1, chosen) for task in ("quote", "facts")}
-    spent = chunks.costs(bench, next(ours.prompts("quote", 1)), chosen, 1)
-    rows = []
+    divergences = chunks.measure(bench, ours, others, "quote", 1, chosen)
+    ends = [method for method in chosen if method.name in ("none", "full", "epic") and method.stored == "alone"]
+    spent = chunks.costs(bench, next(ours.prompts("quote", 1)), ends, 1)
     for method in chosen:
-        quality = {task: relative(values[method], values[chosen[0]]) for task, values in found.items()}
+        assert (divergences[method][0] < 1e-6) == (method.name == "full")
+    rows = []
+    for method in ends:
+        quality = {"quote": relative(divergences[method], divergences[chosen[0]])}
         rows.append(Row(method.name, method.stored, method.ratio, quality, *spent[method], spent[method][2]))
-        for values in found.values():
-            assert (values[method][0] < 1e-6) == (method.name == "full")
     full, none = (next(row for row in rows if row.name == name) for name in ("full", "none"))
     assert full.computed == full.operations == 1.0
     assert none.operations < none.computed < 0.2
     save(rows, {"seed": 1}, tmp_path)
     assert (tmp_path / "chunks.md").read_text() == table(rows)
-    assert (tmp_path / "chunks-quote.svg").read_text().count("<polyline") == len(
-        {(row.name, row.stored) for row in rows if "not turned" not in row.name and row.name != "full"}
-    )
+    assert (tmp_path / "chunks-quote.svg").read_text().count("<polyline") == 2
 
 
 def test_the_table_has_a_line_for_every_method() -> None:
