@@ -80,12 +80,17 @@ class Blend:
         self.rows = (needed | selector.choose(prompt)).nonzero()[:, 0]
         """int64: positions computed in the first layer."""
         self._checks = frozenset(selector.checks)
-        self.computed: list[int] = []
-        """Tokens computed in each layer so far; what a blend costs."""
+        self.positions: list[Tensor] = []
+        """int64: of the tokens computed in each layer so far."""
+
+    @property
+    def computed(self) -> list[int]:
+        """Tokens computed in each layer so far."""
+        return [len(positions) for positions in self.positions]
 
     def before(self, layer: int, memory: LayerPool, packed: Packed) -> tuple[Tensor, Tensor] | None:
         """See `Narrowing`."""
-        self.computed.append(len(packed.ids))
+        self.positions.append(packed.positions)
         return memory.read(packed.slots) if layer in self._checks else None
 
     def narrow(self, layer: int, turned: Turned) -> tuple[Tensor, Packed] | None:
@@ -95,7 +100,7 @@ class Blend:
         look = Look(self._prompt, packed.positions, turned.queries, turned.keys, turned.values, *turned.held, keys)
         kept = self._selector.narrow(layer, look) | self._needed.to(packed.positions.device)[packed.positions]
         rows = kept.nonzero()[:, 0]
-        self.computed[-1] = len(rows)
+        self.positions[-1] = packed.positions[rows]
         return rows, packed.narrowed(rows, (len(rows),), (int(packed.positions[rows[0]]),))
 
 

@@ -180,12 +180,12 @@ def earlier_prompt(prompt: Prompt, others: list[tuple[int, ...]], rng: np.random
     return Prompt(prompt.head, tuple(chunks[i] for i in rng.permutation(len(chunks))), prompt.suffix)
 
 
-def operations(config: ModelConfig, computed: Iterable[int], total: int) -> float:
-    """Multiplications of a blend that computes so many tokens in each layer, attention over `total` keys included."""
+def operations(config: ModelConfig, computed: Iterable[Tensor]) -> float:
+    """Multiplications of computing tokens at these positions, layer by layer; each attends to all up to itself."""
     e, kv = config.hidden_size, config.kv_heads * config.head_dim
     q = config.heads * config.head_dim
     per_token = e * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    return sum(count * (per_token + 2 * q * total / 2) for count in computed)
+    return sum(len(at) * per_token + 2 * q * int((at + 1).sum()) for at in computed)
 
 
 def timed(run: Callable[[], object], rounds: int) -> float:
@@ -218,7 +218,7 @@ def costs(bench: Bench, prompt: Prompt, chosen: list[Method], rounds: int) -> di
     """Per method the share of tokens computed, of operations and of seconds, against computing the whole prompt."""
     trial, config, total = bench.trial, bench.checkpoint.config, len(prompt.tokens)
     case = bench.case(prompt, prompt, [prompt.chunks[0]])
-    whole = operations(config, [total] * config.layers, total)
+    whole = operations(config, [torch.arange(total)] * config.layers)
     full = timed(lambda: trial.compute(prompt.tokens, 1), rounds)
     found = {}
     for method in chosen:
@@ -227,7 +227,7 @@ def costs(bench: Bench, prompt: Prompt, chosen: list[Method], rounds: int) -> di
         trial.run(placed, blend)
         seconds = timed(lambda p=placed, s=selector: trial.blend(p, s, 1), rounds)  # type: ignore[misc]
         tokens = sum(blend.computed) / (total * config.layers)
-        found[method] = (tokens, operations(config, blend.computed, total) / whole, seconds / full)
+        found[method] = (tokens, operations(config, blend.positions) / whole, seconds / full)
     return found
 
 

@@ -74,7 +74,7 @@ def test_every_method_runs_and_all_of_it_is_exact(tmp_path: Path) -> None:
         rows.append(Row(method.name, method.stored, method.ratio, quality, *spent[method], spent[method][2]))
     full, none = (next(row for row in rows if row.name == name) for name in ("full", "none"))
     assert full.computed == full.operations == 1.0
-    assert none.operations < none.computed < 0.2
+    assert none.computed < none.operations < 0.2  # what is left to compute stands at the end
     save(rows, {"seed": 1}, tmp_path)
     assert (tmp_path / "chunks.md").read_text() == table(rows)
     assert (tmp_path / "chunks-quote.svg").read_text().count("<polyline") == 2
