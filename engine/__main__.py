@@ -76,6 +76,9 @@ def _remove_stale(path: Path) -> None:
 
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
+    # Torch's threads spin while they wait for each other, unless told before it is imported. Beside any other busy
+    # process that is ruinous: each of a step's hundred parallel loops then waits for a whole time slice.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Torch takes seconds to import: a wrong command line should not wait for it.
     import uvicorn
 

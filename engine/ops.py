@@ -84,4 +84,4 @@ class PlainOps:
     def gate(self, both: Tensor) -> Tensor:
         """See `Ops`."""
         gate, up = both.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return functional.silu(gate).mul_(up)

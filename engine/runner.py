@@ -167,13 +167,11 @@ class Runner:
         scheduler: Scheduler,
         executor: Executor,
         *,
-        threads: int,
         deliver: Callable[[Happened], None],
         watch: Watch | None = None,
     ) -> None:
-        """`threads`: torch threads of the worker."""
         self._checkpoint, self._scheduler, self._executor = checkpoint, scheduler, executor
-        self._threads, self._deliver, self._watch = threads, deliver, watch
+        self._deliver, self._watch = deliver, watch
         self._changed = threading.Condition()
         # Scheduler and answers belong to whoever holds `_changed`; the worker lets go of it while the model computes.
         self._answers: dict[Row, _Answer] = {}
@@ -246,7 +244,6 @@ class Runner:
         )
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while (step := self._next()) is not None:
                 if self._watch is not None:

@@ -41,7 +41,7 @@ class _Decodes:
     rows: Tensor | slice
     keys: _Keys
     mask: Tensor | None
-    """bool [B, 1, 1, width]."""
+    """[B, 1, 1, width], of `_mask`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +51,7 @@ class _Prompt:
     rows: slice
     keys: _Keys | None
     mask: Tensor | None
-    """bool [T, width]."""
+    """[T, width], of `_mask`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +166,7 @@ def _decodes(
     seen = positions < lengths
     if window is not None:
         seen &= positions >= lengths - window
-    return _Decodes(rows, _Keys(blocks, width=width), seen[:, None, None])
+    return _Decodes(rows, _Keys(blocks, width=width), _mask(seen[:, None, None]))
 
 
 def _first_block(total: int, window: int | None, block_size: int) -> int:
@@ -184,7 +184,17 @@ def _prompt(packed: Packed, index: int, rows: slice, window: int | None, block_s
     mask = distance >= 0
     if window is not None:
         mask &= distance < window
-    return _Prompt(rows, keys, mask)
+    return _Prompt(rows, keys, _mask(mask))
+
+
+def _mask(seen: Tensor) -> Tensor:
+    """What the kernel adds to the scores, or on a GPU, which takes no other dtype than the queries', what it lets pass.
+
+    Told what to let pass, the CPU's kernel makes this of it, and would in every layer.
+    """
+    if seen.device.type != "cpu":
+        return seen
+    return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
 def _keys(table: Tensor, first: int, total: int, block_size: int) -> _Keys:

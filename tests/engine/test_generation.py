@@ -46,7 +46,7 @@ async def generating(checkpoint: Checkpoint) -> AsyncIterator[openai.AsyncOpenAI
     books = BlockManager(BLOCKS, BLOCK_SIZE, root=b"test")
     scheduler = Scheduler(books, max_running=8, max_waiting=16, token_budget=256, patience=10.0)
     executor = Executor(checkpoint, SdpaBackend(), blocks=BLOCKS, context=CONTEXT)
-    runner = Runner(checkpoint, scheduler, executor, threads=1, deliver=delivery)
+    runner = Runner(checkpoint, scheduler, executor, deliver=delivery)
     engine = Engine(checkpoint, runner, context=CONTEXT, delivery=delivery, metrics=quiet_metrics())
     async with connected(engine) as client:
         yield client
