@@ -80,6 +80,10 @@ class AnswerGuide(Guide, Protocol):
     def advance(self, token: int) -> None:
         """Take note of a drawn token."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end can follow."""
+
 
 @dataclass(eq=False, slots=True)
 class Job:
@@ -139,17 +143,19 @@ class _Answer:
         params, drawn = self.job.params, self.row.drawn + 1
         if params.max_tokens == 0:
             return [*events, Finished("length", "", 0)]
+        complete = False
         if self.job.guide is not None:
             self.job.guide.advance(choice.token)
+            complete = self.job.guide.finished
         if choice.token in self._ends:
             return [*events, Finished("stop", self._tail()[0], drawn)]
         text, stopped = self._stops.push(self._text.push(choice.token))
         events.append(Progress(text, choice))
         if stopped:
             events.append(Finished("stop", "", drawn))
-        elif drawn >= params.max_tokens:
+        elif complete or drawn >= params.max_tokens:
             tail, stopped = self._tail()
-            events.append(Finished("stop" if stopped else "length", tail, drawn))
+            events.append(Finished("stop" if stopped or complete else "length", tail, drawn))
         return events
 
     def _tail(self) -> tuple[str, bool]:
