@@ -18,6 +18,9 @@ from pathlib import Path
 from engine.errors import CheckpointError, SettingsError
 from engine.settings import Settings, parse
 
+_KEEP_ALIVE = 75
+"""Seconds an idle connection is kept: longer than clients and proxies do, so that none asks while we hang up."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine; returns the exit code."""
@@ -94,6 +97,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         assembled.application,
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=settings.grace,
     )
     # Uvicorn raises the signal that stopped it once more after shutting down; being stopped is no failure here.
