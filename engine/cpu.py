@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.model import Decoder, LayerWeights
-from engine.ops import PlainOps
+from engine.ops import PlainOps, padded
 
 _ROWS = 16
 """The number of rows that the layout is chosen for; measured, others lose nothing by it."""
@@ -32,16 +32,6 @@ class LaidOutOps(PlainOps):
             x = functional.pad(x, (0, 0, 0, missing))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out[:rows]
-
-
-def padded(rows: int) -> int:
-    """The number of rows that a product of `rows` is computed with, an eighth more at most.
-
-    oneDNN writes and keeps a program for every number of rows it meets, in ten times the time of a product and a
-    quarter of a megabyte or more; steps of continuous batching would meet them all.
-    """
-    step = 1 << max(0, (rows - 1).bit_length() - 4)
-    return -(-rows // step) * step
 
 
 def lay_out(model: Decoder) -> None:

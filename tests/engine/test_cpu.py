@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint import load_checkpoint
-from engine.cpu import lay_out, padded
-from engine.ops import PlainOps
+from engine.cpu import lay_out
+from engine.ops import PlainOps, padded
 from tests.engine import checkpoints
 from tests.engine.stepping import Stepper
 
