@@ -114,12 +114,16 @@ def _replayed(plan: Plan, body: bytes) -> bytes:
 
 
 def _judged(looked: Looked) -> Headers:
-    if looked.score is None:
+    if looked.similarity is None:
         return []
-    return [
-        (b"x-hitpath-similarity", b"%.4f" % looked.score),
+    headers = [
+        (b"x-hitpath-similarity", b"%.4f" % looked.similarity),
         (b"x-hitpath-threshold", b"%.4g" % looked.policy.threshold),
     ]
+    probabilities = [verdict.probability for verdict in looked.verdicts if verdict.probability is not None]
+    if probabilities:
+        headers.append((b"x-hitpath-probability", b"%.4f" % max(probabilities)))
+    return headers
 
 
 def _combined(theirs: Headers, ours: Headers, content_type: tuple[bytes, bytes] | None) -> Headers:

@@ -19,6 +19,9 @@ from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
 from gateway.errors import UnknownPathError
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Request
+from gateway.judge import JudgeError
+from gateway.judge.load import load as load_judge
+from gateway.judge.pairjudge import PairJudge
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
 from gateway.responder import Responder
@@ -31,7 +34,7 @@ from gateway.upstream import Router, open_backend
 from policies.category import CategoryTable
 from policies.classifier import CategoryHead
 from policies.eviction import ValuePerByte
-from policies.judge import ThresholdJudge
+from policies.judge import Judge, ThresholdJudge
 from policies.quota import Quota
 
 log = logging.getLogger(__name__)
@@ -58,14 +61,17 @@ class Gateway:
 async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Open the store, the embedder and the backends; close them in the opposite order.
 
-    Raises SettingsError, StoreError, EmbedderError, EngineFailedError: each says what is wrong and what would be right.
+    Raises SettingsError, StoreError, EmbedderError, JudgeError, EngineFailedError: each says what is wrong and what
+    would be right.
     """
     async with AsyncExitStack() as stack:
         tenants = Tenants(settings.tenants, shared=settings.cache.shared)
         engines = [Engine(item.name, item.model) for item in settings.effective_upstreams() if item.kind == "bundled"]
         router = _router(settings, {engine.name: engine for engine in engines})
         stack.push_async_callback(router.close)
-        table = settings.cache.table()
+        judge = await open_judge(settings)
+        stack.push_async_callback(judge.close)
+        table = settings.cache.table(judged=isinstance(judge, PairJudge))
         for engine in engines:
             stack.push_async_callback(engine.stop)
         starting = asyncio.gather(*(engine.start() for engine in engines))
@@ -73,7 +79,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         metrics = Metrics()
         pipeline = Pipeline(
             store=store,
-            semantic=semantic_room(embedder, store, table),
+            semantic=semantic_room(embedder, store, judge, table),
             router=router,
             table=table,
             metrics=metrics,
@@ -123,15 +129,30 @@ async def open_store(settings: Settings, table: CategoryTable, embedder: Embedde
     return await Store.open(settings.data_dir, options, eviction=ValuePerByte())
 
 
-def semantic_room(embedder: Embedder | None, store: Store, table: CategoryTable) -> SemanticRoom | None:
+async def open_judge(settings: Settings) -> Judge:
+    """Open the judge of the settings. Raises JudgeError when its files cannot be used and may not be done without."""
+    cache = settings.cache
+    if cache.judge.kind == "threshold" or isinstance(cache.embedder, NoEmbedder) or not cache.table().compares:
+        return ThresholdJudge()
+    try:
+        model, head = await asyncio.to_thread(load_judge)
+    except JudgeError as error:
+        if cache.judge.on_missing == "stop":
+            raise
+        log.warning("%s; similarity alone decides, at the thresholds for that", error)
+        return ThresholdJudge()
+    return PairJudge(model, head, cosine=isinstance(cache.embedder, LocalEmbedderSettings))
+
+
+def semantic_room(embedder: Embedder | None, store: Store, judge: Judge, table: CategoryTable) -> SemanticRoom | None:
     """Return the room where calls are compared by meaning, with the classifier if it knows this embedder."""
     if embedder is None:
         return None
     head = CategoryHead.load()
     if not head.fits(embedder.identity):
         log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
-        return SemanticRoom(embedder, None, store, ThresholdJudge(), table)
-    return SemanticRoom(embedder, head, store, ThresholdJudge(), table)
+        return SemanticRoom(embedder, None, store, judge, table)
+    return SemanticRoom(embedder, head, store, judge, table)
 
 
 def _router(settings: Settings, engines: dict[str, Engine]) -> Router:

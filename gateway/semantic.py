@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachestore import Store
 from cachestore.entry import Hit, Neighbour, Vector
@@ -15,7 +15,7 @@ from policies.canonical import Origin
 from policies.category import CategoryPolicy, CategoryTable
 from policies.classifier import CategoryHead
 from policies.controls import Controls, Mode
-from policies.judge import Accepted, Candidate, Judge
+from policies.judge import Accepted, Candidate, Judge, Verdict
 from policies.reasons import Miss
 from policies.scope import Comparable
 
@@ -33,6 +33,10 @@ class Looked:
     found: Hit | Miss
     score: float | None = None
     """The judge's score of the best neighbour."""
+    similarity: float | None = None
+    """Cosine of the neighbour that the score belongs to, or of the nearest."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What the judge made of each neighbour it was shown."""
     scope: bytes = b""
     vector: Vector | None = None
 
@@ -76,8 +80,8 @@ class SemanticRoom:
             # Two long texts that differ only behind the window would look identical.
             return Looked(policy, Miss.TEXT_TOO_LONG)
         scope = asked.scope(origin, self._embedder.identity)
-        found, score = await self._search(scope, asked.text, embedding.vector, policy, timing)
-        return Looked(policy, found, score, scope, embedding.vector)
+        looked = await self._search(scope, asked.text, embedding.vector, policy, timing)
+        return replace(looked, scope=scope, vector=embedding.vector)
 
     async def _embed(self, text: str, timing: Timing) -> Embedding:
         with timing.room("embed"):
@@ -89,31 +93,30 @@ class SemanticRoom:
         name, _ = self._head.classify(vector)
         return self._table.learned(name)
 
-    async def _search(
-        self, scope: bytes, text: str, vector: Vector, policy: CategoryPolicy, timing: Timing
-    ) -> tuple[Hit | Miss, float | None]:
+    async def _search(self, scope: bytes, text: str, vector: Vector, policy: CategoryPolicy, timing: Timing) -> Looked:
         if not self._store.has_scope(scope):
-            return (Miss.NO_NEIGHBOUR if self._store.loaded.is_set() else Miss.LOADING), None
+            return Looked(policy, Miss.NO_NEIGHBOUR if self._store.loaded.is_set() else Miss.LOADING)
         with timing.room("search"):
             neighbours = self._store.search(scope, vector, _NEIGHBOURS, -1.0)
         if not neighbours:
-            return Miss.NO_NEIGHBOUR, None
+            return Looked(policy, Miss.NO_NEIGHBOUR)
         started = time.perf_counter()
         judged = await self._judged(text, neighbours, policy)
         timing.add("judge", time.perf_counter() - started)
         return judged
 
-    async def _judged(
-        self, text: str, neighbours: Sequence[Neighbour], policy: CategoryPolicy
-    ) -> tuple[Hit | Miss, float | None]:
+    async def _judged(self, text: str, neighbours: Sequence[Neighbour], policy: CategoryPolicy) -> Looked:
         """Show the judge those neighbours that it may accept, with their texts."""
         floor = self._judge.floor(policy)
         near = [item for item in neighbours if item.similarity >= floor]
         if not near:
-            return Miss.BELOW_THRESHOLD, neighbours[0].similarity
+            nearest = neighbours[0].similarity
+            return Looked(policy, Miss.BELOW_THRESHOLD, None, nearest)
         hits = {item.id: hit for item in near if (hit := await self._store.fetch(item.id)) is not None}
         candidates = [Candidate(item.id, hits[item.id].text, item.similarity) for item in near if item.id in hits]
-        judgement = self._judge.judge(text, candidates, policy)
+        judgement = await self._judge.judge(text, candidates, policy)
+        similarity = candidates[0].similarity if candidates else None
         if isinstance(judgement, Accepted):
-            return hits[judgement.candidate.id], judgement.score
-        return judgement.reason, judgement.score
+            chosen = judgement.candidate
+            return Looked(policy, hits[chosen.id], judgement.score, chosen.similarity, judgement.verdicts)
+        return Looked(policy, judgement.reason, judgement.score, similarity, judgement.verdicts)

@@ -25,7 +25,7 @@ from pydantic import (
 
 from gateway.memory import default_budget
 from policies import units
-from policies.category import CategoryPolicy, CategoryTable, Rule
+from policies.category import PAIR_THRESHOLD, CategoryPolicy, CategoryTable, Rule
 from policies.controls import Mode
 
 _GIB = 2**30
@@ -146,6 +146,14 @@ class NoEmbedder(_Group):
     kind: Literal["none"]
 
 
+class JudgeSettings(_Group):
+    """Who decides whether a similar question's answer serves."""
+
+    kind: Literal["pair", "threshold"] = "pair"
+    on_missing: Literal["stop", "threshold"] = "stop"
+    """What happens when the pair model's files are missing or damaged."""
+
+
 class Quota(_Group):
     """A category's share of the cache: kept for it, and lent to it only while free."""
 
@@ -214,6 +222,7 @@ class Cache(_Group):
     embedder: Annotated[LocalEmbedder | OpenaiEmbedder | NoEmbedder, Field(discriminator="kind")] = LocalEmbedder(
         kind="local"
     )
+    judge: JudgeSettings = JudgeSettings()
     default: CategoryRules = CategoryRules()
     categories: dict[Name, CategoryRules] = {}
     rules: tuple[CategoryRule, ...] = ()
@@ -237,12 +246,15 @@ class Cache(_Group):
         """Return the memory budget in bytes."""
         return default_budget() if self.memory_budget is None else self.memory_budget
 
-    def table(self) -> CategoryTable:
-        """Return the categories with all their rules."""
+    def table(self, *, judged: bool | None = None) -> CategoryTable:
+        """Return the categories with all their rules; `judged`: the pair model is there; None: as the settings say."""
+        judged = self.judge.kind == "pair" if judged is None else judged
+        default = {"threshold": PAIR_THRESHOLD} if judged else {}
         return CategoryTable(
-            CategoryPolicy("default", **self.default.overrides()),
+            CategoryPolicy("default", **default | self.default.overrides()),
             {name: rules.overrides() for name, rules in self.categories.items()},
             [Rule(rule.category, **rule.when.model_dump()) for rule in self.rules],
+            judged=judged,
         )
 
 

@@ -46,6 +46,8 @@ class CategoryPolicy:
         )
 
 
+PAIR_THRESHOLD = 0.55
+"""Default threshold where the pair model judges: similarity only proposes."""
 _CAUTION: Mapping[str, Mapping[str, Any]] = {
     "assistant": {"ttl": 3600.0},
     "code": {"threshold": 0.92},
@@ -59,6 +61,8 @@ _CAUTION: Mapping[str, Mapping[str, Any]] = {
 }
 """Built-in caution for the classifier's categories. It only ever makes the default stricter. Mathematics is exact:
 a cosine does not see a changed number (GSM-Plus negatives look more alike than its positives)."""
+_JUDGED = ("mode", "threshold")
+"""Caution that is for cosines only: the pair model and its guards do see it."""
 
 
 class UnknownCategoryError(ValueError):
@@ -106,11 +110,20 @@ class CategoryTable:
         default: CategoryPolicy,
         overrides: Mapping[str, Mapping[str, Any]],
         rules: Sequence[Rule] = (),
+        *,
+        judged: bool = False,
     ) -> None:
-        """Build the table: default, made stricter by the built-in caution, overridden by the operator's settings."""
+        """Build the table: default, made stricter by the built-in caution, overridden by the operator's settings.
+
+        `judged` says that more than similarity decides.
+        """
         self._rules = tuple(rules)
         names = sorted({*_CAUTION, *overrides})
-        cautious = {name: _stricter(replace(default, name=name), _CAUTION.get(name, {})) for name in names}
+        left_out = _JUDGED if judged else ()
+        caution = {
+            name: {key: value for key, value in _CAUTION.get(name, {}).items() if key not in left_out} for name in names
+        }
+        cautious = {name: _stricter(replace(default, name=name), caution[name]) for name in names}
         self._policies = {name: replace(cautious[name], **overrides.get(name, {})) for name in names}
 
     @property

@@ -21,7 +21,9 @@ MAX_CHARS = 8192
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _NUMBER = re.compile(r"(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!/))?)(k\b)?")
 _AMOUNT = re.compile(r"([$€£¥₹₣₩₺₽₿])?\s?(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)[\s-]?(%|°[CF]?|[^\W\d_]+)?")
-_IDENTIFIER = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+|https?://\S+|(?=[\w./#-]*\d)(?=[\w./#-]*[A-Za-z_])[\w#][\w./#-]*\w|\b\w+_\w+\b")
+_IDENTIFIER = re.compile(
+    r"[\w.+-]+@[\w-]+\.[\w.-]+|https?://\S+|(?=[\w./#-]*\d)(?=[\w./#-]*[A-Za-z_])[\w#][\w./#-]*\w|\b\w+_\w+\b"
+)
 _MARK = re.compile(r"[\d@_]|://")
 _NAME = re.compile(r"[A-Z][\w’'-]*")
 _SENTENCE = re.compile(r"(?:^|(?<!mr)(?<!mrs)(?<!ms)(?<!dr)(?<!st)(?<![ .]\w)[.?!:\"“(]\s*|\n\s*)$", re.I)
@@ -33,6 +35,10 @@ _NEGATION = re.compile(
 _OPERATORS = re.compile(r"(?<=[\w)\s])\s*(<=|>=|==|!=|<|>|\+|\*|\^|(?<=\s)-(?=\s)|÷|×)\s*(?=[\w(\s])")
 _NEAR = 8
 """Words that only one of two questions has, up to which they count as the same sentence with something changed."""
+
+
+Found = tuple[Iterable[object], Iterable[object]] | None
+"""What each of the two has that the other should have and has not; None when the guard is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,10 @@ class Conflict:
     guard: str
     first: str
     second: str
+
+    def __str__(self) -> str:
+        """As shown in explanations."""
+        return f"{self.guard}: {self.first} / {self.second}"
 
 
 def facts(text: str) -> Facts:
@@ -113,7 +123,7 @@ def _amounts(low: str) -> Iterable[tuple[float, str]]:
 
 
 def _times(low: str, words: frozenset[str]) -> Iterable[str]:
-    yield from words & TIMES.keys()
+    yield from words & TIMES
     yield from re.findall(r"\b(?:1[5-9]|20)\d\d\b", low)
 
 
@@ -124,7 +134,11 @@ def _names(text: str) -> Iterable[str]:
         return
     for name in found:
         word = name.group().lower().replace("’", "'").removesuffix("'s").rstrip("'-")
-        if len(word) > 1 and word not in LOWER_NAMES and not _SENTENCE.search(text[max(0, name.start() - 5) : name.start()]):
+        if (
+            len(word) > 1
+            and word not in LOWER_NAMES
+            and not _SENTENCE.search(text[max(0, name.start() - 5) : name.start()])
+        ):
             yield word
 
 
@@ -135,44 +149,43 @@ def _quoted(text: str) -> Iterable[str]:
         yield " ".join(code.split())
 
 
-def numbers(a: Facts, b: Facts) -> tuple[object, object] | None:
+def numbers(a: Facts, b: Facts) -> Found:
     """Each has a number that the other lacks."""
     return _each(a.numbers, b.numbers)
 
 
-def units(a: Facts, b: Facts) -> tuple[object, object] | None:
+def units(a: Facts, b: Facts) -> Found:
     """The same number of something else: mg and g, dollars and euros."""
-    first, second = _each(a.amounts, b.amounts) or ((), ())
-    for value, unit in first:  # type: ignore[misc]
-        for other, otherwise in second:  # type: ignore[misc]
+    for value, unit in a.amounts - b.amounts:
+        for other, otherwise in b.amounts - a.amounts:
             if value == other and unit != otherwise:
                 return (unit,), (otherwise,)
     return None
 
 
-def dates(a: Facts, b: Facts) -> tuple[object, object] | None:
+def dates(a: Facts, b: Facts) -> Found:
     """Each names a year, month, day of the week or relative day that the other does not."""
     return _each(a.times, b.times)
 
 
-def identifiers(a: Facts, b: Facts) -> tuple[object, object] | None:
+def identifiers(a: Facts, b: Facts) -> Found:
     """Each has an identifier, address or model number that the other lacks."""
     return _each(_missing(a.identifiers, b), _missing(b.identifiers, a))
 
 
-def names(a: Facts, b: Facts) -> tuple[object, object] | None:
+def names(a: Facts, b: Facts) -> Found:
     """Each has a name that does not occur in the other, not even in another form."""
     return _each(_missing(a.names, b), _missing(b.names, a))
 
 
-def negation(a: Facts, b: Facts) -> tuple[object, object] | None:
+def negation(a: Facts, b: Facts) -> Found:
     """Only one of two like sentences says not."""
     if a.negated == b.negated or not _near(a, b):
         return None
     return (("not",), ()) if a.negated else ((), ("not",))
 
 
-def opposites(a: Facts, b: Facts) -> tuple[object, object] | None:
+def opposites(a: Facts, b: Facts) -> Found:
     """In like sentences a word stands against its opposite, or its counterpart."""
     if not _near(a, b):
         return None
@@ -183,7 +196,7 @@ def opposites(a: Facts, b: Facts) -> tuple[object, object] | None:
     return None
 
 
-def order(a: Facts, b: Facts) -> tuple[object, object] | None:
+def order(a: Facts, b: Facts) -> Found:
     """Words have changed sides: `A to B` against `B to A`, `A is better than B` against `B is better than A`."""
     if not _near(a, b):
         return None
@@ -202,26 +215,26 @@ def _sides(words: tuple[str, ...], middle: str) -> tuple[set[str], set[str]]:
     return set(words[:place]), set(words[place + 1 :])
 
 
-def aspects(a: Facts, b: Facts) -> tuple[object, object] | None:
+def aspects(a: Facts, b: Facts) -> Found:
     """They ask for different things about a subject: its cause, its treatment, its price."""
     if a.aspects and b.aspects and not a.aspects & b.aspects and _near(a, b):
         return tuple(sorted(a.aspects)), tuple(sorted(b.aspects))
     return None
 
 
-def quotes(a: Facts, b: Facts) -> tuple[object, object] | None:
+def quotes(a: Facts, b: Facts) -> Found:
     """Each quotes text or code that the other does not have."""
     return _each({q for q in a.quoted if q not in b.low}, {q for q in b.quoted if q not in a.low})
 
 
-def operators(a: Facts, b: Facts) -> tuple[object, object] | None:
+def operators(a: Facts, b: Facts) -> Found:
     """Formulas or code with other operators."""
     if a.operators and b.operators and sorted(a.operators) != sorted(b.operators):
         return a.operators, b.operators
     return None
 
 
-Guard = Callable[[Facts, Facts], "tuple[object, object] | None"]
+Guard = Callable[[Facts, Facts], Found]
 GUARDS: Mapping[str, Guard] = {
     "numbers": numbers,
     "units": units,
@@ -237,14 +250,23 @@ GUARDS: Mapping[str, Guard] = {
 }
 
 
+def conflict(a: Facts, b: Facts) -> Conflict | None:
+    """The first guard's refusal, None when all are silent."""
+    for name, guard in GUARDS.items():
+        if (found := guard(a, b)) is not None:
+            first, second = (" ".join(str(item) for item in side) or "-" for side in found)
+            return Conflict(name, first, second)
+    return None
+
+
 def _near(a: Facts, b: Facts) -> bool:
     return len(a.words ^ b.words) <= _NEAR
 
 
-def _each(a: Iterable[object], b: Iterable[object]) -> tuple[object, object] | None:
+def _each(a: Iterable[object], b: Iterable[object]) -> Found:
     """What only one has, if there is something on both sides."""
-    a, b = frozenset(a), frozenset(b)
-    only, other = a - b, b - a
+    mine, others = frozenset(a), frozenset(b)
+    only, other = mine - others, others - mine
     return (only, other) if only and other else None
 
 

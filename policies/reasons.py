@@ -18,6 +18,7 @@ class Miss(StrEnum):
     BELOW_THRESHOLD = "below-threshold"
     NO_NEIGHBOUR = "no-neighbour"
     JUDGE_REFUSED = "judge-refused"
+    JUDGE_BUSY = "judge-busy"
     TEXT_TOO_LONG = "text-too-long"
     LOADING = "loading"
     EMBEDDER_FAILED = "embedder-failed"

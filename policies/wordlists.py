@@ -8,53 +8,62 @@ from collections.abc import Mapping
 _OPPOSITES = """
 ascending descending | increase decrease | increases decreases | increased decreased | increasing decreasing
 rise fall | rises falls | rising falling | raise lower | up down | upper lower | higher lower | highest lowest
-high low | more less fewer | most least fewest | maximum minimum | max min | maximize minimize | maximise minimise
-above below | over under | before after | earlier later | early late | first last | oldest newest | older newer younger
-old new | left right | north south | east west | northern southern | eastern western | front back | forward backward
-inside outside | indoor outdoor | internal external | import export | imports exports | input output | inner outer
-enable disable | enabled disabled | enabling disabling | enables disables | activate deactivate
-activated deactivated | activation deactivation | on off | open close | opened closed | opening closing | start stop
-started stopped | starting stopping | begin end | lock unlock | locked unlocked | install uninstall
-subscribe unsubscribe | mute unmute | block unblock | connect disconnect | attach detach | add remove
-adding removing | added removed | insert delete | create delete | creating deleting | upload download | encrypt decrypt
-encryption decryption | encode decode | compress decompress | serialize deserialize | push pull | read write | login logout
+high low | more less fewer | most least fewest | maximum minimum | max min | maximize minimize
+maximise minimise | above below | over under | before after | earlier later | early late | first last
+oldest newest | older newer younger | old new | left right | north south | east west | northern southern
+eastern western | front back | forward backward | inside outside | indoor outdoor | internal external
+import export | imports exports | input output | inner outer | enable disable | enabled disabled
+enabling disabling | enables disables | activate deactivate | activated deactivated | activation deactivation
+on off | open close | opened closed | opening closing | start stop | started stopped | starting stopping
+begin end | lock unlock | locked unlocked | install uninstall | subscribe unsubscribe | mute unmute
+block unblock | connect disconnect | attach detach | add remove | adding removing | added removed
+insert delete | create delete | creating deleting | upload download | encrypt decrypt | encryption decryption
+encode decode | compress decompress | serialize deserialize | push pull | read write | login logout
 merge split | grant revoke | allow forbid deny | accept reject decline | approve reject deny | include exclude
 including excluding | hide show | show hide | expand collapse | zip unzip | follow unfollow | freeze unfreeze
 buy sell | buying selling | bought sold | buyer seller | buyers sellers | purchase sell | long short | call put
 calls puts | bull bear | bullish bearish | bulls bears | lend borrow | lending borrowing | lender borrower
-deposit withdraw | deposits withdrawals | deposit withdrawal | debit credit | profit loss | profits losses | gain lose
-gains losses | gain loss | asset liability | assets liabilities | income expense | revenue cost | taxable deductible
-gross net | fixed variable | fixed floating | secured unsecured | traditional roth | market limit | stock bond
-stocks bonds | equity debt | inflation deflation | surplus deficit | appreciate depreciate | appreciation depreciation
-vested unvested | qualified nonqualified | ordinary qualified | refinance originate | prepay defer | nominal real
-hypertension hypotension | hyperthyroidism hypothyroidism | hyperglycemia hypoglycemia | hyperkalemia hypokalemia
-benign malignant | acute chronic | positive negative | systolic diastolic | viral bacterial | oral topical
-dominant recessive | male female | men women | man woman | boy girl | boys girls | husband wife | father mother
-son daughter | brother sister | uncle aunt | pre post | prenatal postnatal | adult child | adults children
-win lose | winning losing | won lost | pass fail | passed failed | success failure | succeed fail | love hate | like dislike
-like hate | good bad | best worst | better worse | advantage disadvantage | advantages disadvantages
-benefit drawback risk | benefits drawbacks risks | pros cons | strength weakness | strengths weaknesses
-safe dangerous unsafe | legal illegal | possible impossible | hot cold | hotter colder | warm cool | heat cool
-heating cooling | freeze thaw melt | wet dry | big small | bigger smaller | biggest smallest | large small
-larger smaller | largest smallest | longer shorter | longest shortest | tall short | taller shorter | tallest shortest
-fast slow | faster slower | fastest slowest | heavy light | heavier lighter | strong weak | stronger weaker | easy hard
-easy difficult | easier harder | rich poor | cheap expensive | cheapest expensive | thick thin | wide narrow | deep shallow
-full empty | clean dirty | public private | free paid | domestic international | local remote | manual automatic
-online offline | synchronous asynchronous | static dynamic | mutable immutable | horizontal vertical | odd even
-sum difference | add subtract | adding subtracting | multiply divide | plus minus | morning evening | day night
-weekday weekend | winter summer | spring autumn | arrive depart leave | arrival departure | arrivals departures
-inbound outbound | incoming outgoing | send receive | sending receiving | sent received | sender receiver recipient
-mutual index etf | savings checking brokerage | savings money | cash margin | inherited gifted | hedge profit | hedge speculate
-ordinary capital | dividends gains interest | income gains | rsus options espp | rsu option | common preferred | adjustable fixed
-prime subprime | federal state | joint single | custodial roth | callable convertible | municipal corporate treasury
-growth value | domestic foreign | active passive | standard itemized | premium deductible copay | principal interest
-term whole universal | 401k ira | american european | covered naked | stop limit market | credit loan
+deposit withdraw | deposits withdrawals | deposit withdrawal | debit credit | profit loss | profits losses
+gain lose | gains losses | gain loss | asset liability | assets liabilities | income expense | revenue cost
+taxable deductible | gross net | fixed variable | fixed floating | secured unsecured | traditional roth
+market limit | stock bond | stocks bonds | equity debt | inflation deflation | surplus deficit
+appreciate depreciate | appreciation depreciation | vested unvested | qualified nonqualified
+ordinary qualified | refinance originate | prepay defer | nominal real | hypertension hypotension
+hyperthyroidism hypothyroidism | hyperglycemia hypoglycemia | hyperkalemia hypokalemia | benign malignant
+acute chronic | positive negative | systolic diastolic | viral bacterial | oral topical | dominant recessive
+male female | men women | man woman | boy girl | boys girls | husband wife | father mother | son daughter
+brother sister | uncle aunt | pre post | prenatal postnatal | adult child | adults children | win lose
+winning losing | won lost | pass fail | passed failed | success failure | succeed fail | love hate
+like dislike | like hate | good bad | best worst | better worse | advantage disadvantage
+advantages disadvantages | benefit drawback risk | benefits drawbacks risks | pros cons | strength weakness
+strengths weaknesses | safe dangerous unsafe | legal illegal | possible impossible | hot cold | hotter colder
+warm cool | heat cool | heating cooling | freeze thaw melt | wet dry | big small | bigger smaller
+biggest smallest | large small | larger smaller | largest smallest | longer shorter | longest shortest
+tall short | taller shorter | tallest shortest | fast slow | faster slower | fastest slowest | heavy light
+heavier lighter | strong weak | stronger weaker | easy hard | easy difficult | easier harder | rich poor
+cheap expensive | cheapest expensive | thick thin | wide narrow | deep shallow | full empty | clean dirty
+public private | free paid | domestic international | local remote | manual automatic | online offline
+synchronous asynchronous | static dynamic | mutable immutable | horizontal vertical | odd even | sum difference
+add subtract | adding subtracting | multiply divide | plus minus | morning evening | day night | weekday weekend
+winter summer | spring autumn | arrive depart leave | arrival departure | arrivals departures | inbound outbound
+incoming outgoing | send receive | sending receiving | sent received | sender receiver recipient
+mutual index etf | savings checking brokerage | savings money | cash margin | inherited gifted | hedge profit
+hedge speculate | ordinary capital | dividends gains interest | income gains | rsus options espp | rsu option
+common preferred | adjustable fixed | prime subprime | federal state | joint single | custodial roth
+callable convertible | municipal corporate treasury | growth value | domestic foreign | active passive
+standard itemized | premium deductible copay | principal interest | term whole universal | 401k ira
+american european | covered naked | stop limit market | credit loan
 free basic pro premium platinum standard enterprise gold silver freemium | personal business corporate
 employer employee | teacher student | parent child | landlord tenant | winner loser | ancestor descendant
 predecessor successor | cause prevent | causes prevents | symptoms treatments | cause treatment | gain lose
-lose gain | always never | everyone nobody | everything nothing | all none | with without | both neither | agree disagree
-true false | correct incorrect | same different | similar different | war peace | birth death | born died | alive dead
+lose gain | always never | everyone nobody | everything nothing | all none | with without | both neither
+agree disagree | true false | correct incorrect | same different | similar different | war peace | birth death
+born died | alive dead
 """.replace("\n", " | ")
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
 
 
 def _flips() -> dict[str, frozenset[str]]:
@@ -77,11 +86,12 @@ NUMBER_WORDS: Mapping[str, float] = {
 }  # fmt: skip
 """Left out: `one`, which mostly is no number, and `half`, `twice`, `dozen`, which are often written as digits."""
 
-TIMES: Mapping[str, str] = dict.fromkeys(
-    "january february april june july august september october november december monday tuesday wednesday"
-    " thursday friday saturday sunday today tomorrow yesterday tonight morning evening noon midnight christmas easter"
-    " halloween thanksgiving ramadan diwali".split(),
-    "",
+TIMES = frozenset(
+    _words("""
+january february april june july august september october november december monday tuesday wednesday thursday
+friday saturday sunday today tomorrow yesterday tonight morning evening noon midnight christmas easter halloween
+thanksgiving ramadan diwali
+""")
 )
 """`March` and `May` are left out: they mostly are no months."""
 
@@ -95,13 +105,17 @@ week weeks | month months | year years yr yrs | $ dollar dollars usd bucks | €
 ₹ rs rupee rupees inr lakh | % percent pct | kb | mb | gb | tb | px | mph | kmh kph | c celsius °c | f fahrenheit °f
 cent cents | dozen dozens | hz | khz | mhz | ghz | w watt watts | kw | kwh | v volt volts
 """.replace("\n", " | ")
-UNITS: Mapping[str, str] = {word: group.split()[0] for group in _UNITS.split("|") if group.split() for word in group.split()}
+UNITS: Mapping[str, str] = {
+    word: group.split()[0] for group in _UNITS.split("|") if group.split() for word in group.split()
+}
 """A unit as written -> its first spelling."""
 
 LOWER_NAMES = frozenset(
-    "i i'm i've i'd i'll is are am the a an my what why how when where who which can could should would do does did"
-    " will if it's and or but not in on of to for from with ok please q a.m p.m mr mrs ms dr"
-    " monday tuesday wednesday thursday friday saturday sunday rs inr usd usa us uk covid covid-19 coronavirus".split()
+    _words("""
+i i'm i've i'd i'll is are am the a an my what why how when where who which can could should would do does did
+will if it's and or but not in on of to for from with ok please q a.m p.m mr mrs ms dr monday tuesday wednesday
+thursday friday saturday sunday rs inr usd usa us uk covid covid-19 coronavirus
+""")
 )
 """Capitalised, but no names, or names of one thing."""
 
@@ -123,15 +137,19 @@ ASPECT = re.compile(r"\b(?:" + "|".join(f"(?P<{name}>{pattern})" for name, patte
 """What a question asks about its subject, by the name of the group that matches."""
 
 SMALL_WORDS = frozenset(
-    "a an the of in on at to from by for with and or but nor as than that which who whom whose is are was were be been"
-    " has have had do does did it its his her their this these those he she they we you i my our your not no can could"
-    " will would should may might must also into over under about between after before during through if when where"
-    " why how what there then so such both each more most other some any all very just only up down out off".split()
+    _words("""
+a an the of in on at to from by for with and or but nor as than that which who whom whose is are was were be
+been has have had do does did it its his her their this these those he she they we you i my our your not no can
+could will would should may might must also into over under about between after before during through if when
+where why how what there then so such both each more most other some any all very just only up down out off
+""")
 )
 """Words that say how others belong together, and little else."""
 
 TURNING_WORDS = frozenset(
-    "of to in is a was with by on for as his her their from who but an that he she they are were which has had more"
-    " been not up than into before after minus over under versus against while because replaced defeated".split()
+    _words("""
+of to in is a was with by on for as his her their from who but an that he she they are were which has had more
+been not up than into before after minus over under versus against while because replaced defeated
+""")
 )
 """Words whose two sides cannot change places without changing what is said. `And`, `or`, `the` are none."""

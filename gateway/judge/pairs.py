@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 TEXT_TOKENS = 192
 """Tokens of one question, markers not counted; a longer question is not judged, as what differs may lie behind."""
@@ -43,7 +44,7 @@ def marks(ids: Ids, other: Ids) -> list[int]:
     """
     known = set(other)
     padded = (-1, *other, -1)
-    steps = set(zip(padded, padded[1:], strict=False))
+    steps = set(pairwise(padded))
     mine = (-1, *ids, -1)
     found = []
     for place, token in enumerate(ids):

@@ -18,11 +18,28 @@ _WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]+")
 _NAME = re.compile(r"(?<=[a-z,;0-9] )(?:[A-Z][\w’'-]+)(?: (?:of the |of )?[A-Z][\w’'-]+)*")
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w)")
 _SMALL = re.compile(r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty)\b", re.I)
-_COUNTS = ("one two three four five six seven eight nine ten eleven twelve twenty thirty").split()
+_COUNTS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "twenty",
+    "thirty",
+]
 _MANNER = ("half", "twice", "three times", "four times", "five times", "a third", "a quarter")
 _MANNERS = re.compile(r"\b(?:" + "|".join(_MANNER) + r")\b", re.I)
 _PAIRED = re.compile(r"\b([A-Za-z][\w-]{2,}) (and|or) ([A-Za-z][\w-]{2,})\b")
-_FRONT = re.compile(r"^((?:In|On|At|After|Before|During|By|From|With|For|Since|Until)\b[^,?]{3,60}?) ?, ([^,]{12,}?)( ?[.?!])?$")
+_FRONT = re.compile(
+    r"^((?:In|On|At|After|Before|During|By|From|With|For|Since|Until)\b[^,?]{3,60}?) ?, ([^,]{12,}?)( ?[.?!])?$"
+)
 _BACK = re.compile(r"^([A-Z].{12,}?) ((?:in|on|at|after|before|during|since|until) [^,.?]{3,40}?)( ?[.?!])?$")
 _ASKING = ("how", "why", "when", "where", "who")
 _MODAL = re.compile(
@@ -30,8 +47,14 @@ _MODAL = re.compile(
 )
 _NOT = re.compile(r"\b(?:not |never )|(?<!\bca)(?<!\bwo)n't\b", re.I)
 _FRAMES = (
-    ("what is ", ("what does {} mean", "tell me about {}", "explain {}", "define {}", "can you explain {}", "what's {}")),
-    ("how do i ", ("how can i {}", "how to {}", "what is the way to {}", "how should i {}", "i want to {}, how", "i need to {}")),
+    (
+        "what is ",
+        ("what does {} mean", "tell me about {}", "explain {}", "define {}", "can you explain {}", "what's {}"),
+    ),
+    (
+        "how do i ",
+        ("how can i {}", "how to {}", "what is the way to {}", "how should i {}", "i want to {}, how", "i need to {}"),
+    ),
     ("how can i ", ("how do i {}", "how to {}", "what can i do to {}", "how could i {}", "what are ways to {}")),
     ("what are ", ("tell me {}", "list {}", "which are {}", "can you tell me {}", "what're {}")),
     ("should i ", ("is it a good idea to {}", "would it be wise to {}", "do you think i should {}")),
@@ -53,7 +76,9 @@ _SHORT = {long: short for short, long in _LONG.items()}
 def swap_names(text: str, chance: random.Random) -> str | None:
     """Exchange two names."""
     spans = [found.span() for found in _NAME.finditer(text)]
-    if (first := re.match(r"[A-Z][\w-]+(?: [A-Z][\w-]+)*", text)) and first.group().split()[0].lower() not in SMALL_WORDS:
+    if (first := re.match(r"[A-Z][\w-]+(?: [A-Z][\w-]+)*", text)) and first.group().split()[
+        0
+    ].lower() not in SMALL_WORDS:
         spans.insert(0, first.span())
     return _swap(text, spans, chance)
 
@@ -219,7 +244,9 @@ def names_in(text: str) -> list[str]:
 
 def other_topic(text: str, chance: random.Random) -> tuple[str, str] | None:
     """Two different questions about what a short question is about."""
-    found = re.match(r"(?:what (?:is|are)(?: the)?|what causes|how do i use|how does) ([\w -]{3,50}?)\s*\??$", text, re.I)
+    found = re.match(
+        r"(?:what (?:is|are)(?: the)?|what causes|how do i use|how does) ([\w -]{3,50}?)\s*\??$", text, re.I
+    )
     if found is None:
         return None
     first, second = chance.sample(_TOPICS, 2)

@@ -56,6 +56,7 @@ class PairNet(nn.Module):
     def __init__(self, words: Tensor) -> None:
         """`words` [vocabulary, DIM]: frozen, and no part of the state."""
         super().__init__()
+        self.words: Tensor
         self.register_buffer("words", words, persistent=False)
         self.places = nn.Embedding(PAIR_TOKENS, DIM)
         self.marks = nn.Embedding(MARKS, DIM)
@@ -84,7 +85,7 @@ class PairNet(nn.Module):
     def forward(self, ids: Tensor, marks: Tensor, second: Tensor, mask: Tensor) -> Tensor:
         """Logits [pairs]; all inputs [pairs, tokens], `second` and `mask` are bool."""
         places = self.places.weight[: ids.shape[1]]
-        rows = self.norm(functional.embedding(ids, self.words) + places + self.marks(marks))
+        rows = self.norm(self.words[ids] + places + self.marks(marks))
         seen = torch.zeros(mask.shape).masked_fill(~mask, -1e4)[:, None, None]
         for layer in self.layers:
             rows = layer(rows, seen)

@@ -1,0 +1,217 @@
+"""Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--epochs N]`.
+
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It wants two cores for less than an
+hour, and `OMP_WAIT_POLICY=PASSIVE` in the environment where they are shared: threads that wait for each other by
+spinning take seven times as long then.
+
+1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
+2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
+   (`judge_data`). The rate rises, stays, and falls to nothing in the last part; what is kept is the mean over the last
+   few hundred steps.
+3. The net is written as an int8 graph (`judge_export`), and from here on only that graph is asked.
+4. The head is fitted to its logits on the held-out part; the card's figures are of heads fitted to four fifths of it
+   and asked about the fifth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from gateway.embedding.local import find_model, load
+from gateway.judge.load import FOLDER
+from gateway.judge.model import PairModel
+from gateway.judge.pairs import Row, row
+from loadtest.data import data_dir
+from loadtest.training import judge_calibrate as calibrate
+from loadtest.training import judge_export as export
+from loadtest.training.judge_data import Sample, epoch, held_out, read_sets
+from loadtest.training.judge_net import PairNet
+from loadtest.training.judge_text import Tokens
+
+SEED = 1
+EPOCHS = 5
+RATE = 1e-4
+WARM_UP = 150
+"""Steps."""
+FALL = 0.3
+"""Last part of the run, in which the rate falls."""
+BATCH_TOKENS = 1280
+SMOOTHING = 0.02
+DECAY = 0.01
+AVERAGE = 0.998
+"""Of the running mean of the weights."""
+RANGE_PAIRS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Indices of pairs, and the length they are padded to."""
+
+    tokens: int
+    pairs: list[int]
+
+
+def batches(lengths: Sequence[int], chance: random.Random) -> list[Batch]:
+    """Group pairs of like length, about BATCH_TOKENS each, in random order.
+
+    Padded lengths are few: the kernels are made anew for every shape.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index in chance.sample(range(len(lengths)), len(lengths)):
+        by_length.setdefault(_padded(lengths[index]), []).append(index)
+    made: list[Batch] = []
+    left: list[int] = []
+    for tokens in sorted(by_length):
+        waiting = left + by_length[tokens]
+        size = max(1, BATCH_TOKENS // tokens)
+        full = len(waiting) // size * size
+        made += [Batch(tokens, waiting[start : start + size]) for start in range(0, full, size)]
+        left = waiting[full:]
+    if left:
+        made.append(Batch(max(by_length), left))
+    chance.shuffle(made)
+    return made
+
+
+def _padded(length: int) -> int:
+    step = 8 if length <= 96 else 32
+    return -(-length // step) * step
+
+
+def tensors(rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, marks, which tokens are the second question's, which are there; all [pairs, tokens]."""
+    ids, marks = np.zeros((len(rows), tokens), np.int64), np.zeros((len(rows), tokens), np.int64)
+    second, inside = np.zeros((len(rows), tokens), np.bool_), np.zeros((len(rows), tokens), np.bool_)
+    for place, item in enumerate(rows):
+        length = len(item.ids)
+        ids[place, :length], marks[place, :length] = item.ids, item.marks
+        second[place, item.second : length], inside[place, :length] = True, True
+    return torch.from_numpy(ids), torch.from_numpy(marks), torch.from_numpy(second), torch.from_numpy(inside)
+
+
+def rate(done: float, step: int) -> float:
+    """The learning rate after a part of the run and a number of steps."""
+    return RATE * min(1.0, step / WARM_UP) * min(1.0, max(0.0, 1 - done) / FALL)
+
+
+def train(net: PairNet, samples: Sequence[Sample], tokens: Tokens, epochs: int, seed: int) -> dict[str, Tensor]:
+    """Train in place; returns the averaged weights. Prints how far it is."""
+    torch.manual_seed(seed)
+    net.train()
+    optimiser = _optimiser(net)
+    average = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    started = time.monotonic()
+    for step, (number, done, batch, wanted) in enumerate(_steps(samples, tokens, epochs, random.Random(seed)), 1):
+        for group in optimiser.param_groups:
+            group["lr"] = rate(done, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(*batch)
+        loss = functional.binary_cross_entropy_with_logits(logits, wanted)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
+        if step % 200 == 0:
+            taken = time.monotonic() - started
+            print(f"epoch {number + 1}, {done:.1%}, step {step}, {taken:.0f} s, loss {loss.item():.3f}", flush=True)
+    return average
+
+
+def _steps(
+    samples: Sequence[Sample], tokens: Tokens, epochs: int, chance: random.Random
+) -> Iterator[tuple[int, float, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    """Epoch, part of the run that is done, the batch, the wishes."""
+    for number in range(epochs):
+        mix = epoch(samples, chance)
+        rows = [row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end) for sample in mix]
+        cut = batches([len(item.ids) for item in rows], chance)
+        for place, batch in enumerate(cut):
+            wanted = torch.tensor([mix[index].label for index in batch.pairs]) * (1 - 2 * SMOOTHING) + SMOOTHING
+            yield (
+                number,
+                (number + place / len(cut)) / epochs,
+                tensors([rows[index] for index in batch.pairs], batch.tokens),
+                wanted,
+            )
+
+
+def _optimiser(net: PairNet) -> torch.optim.AdamW:
+    parameters = list(net.parameters())
+    groups = [
+        {"params": [item for item in parameters if item.ndim > 1], "weight_decay": DECAY},
+        {"params": [item for item in parameters if item.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
+
+
+def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
+    state = net.state_dict()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - keep)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, export, calibrate, write."""
+    chosen = _parser().parse_args(arguments)
+    torch.set_num_threads(2)
+    started, used = time.monotonic(), time.process_time()
+    samples = read_sets(data_dir() / "pairs")
+    held = held_out(samples)
+    source = find_model()
+    tokens = Tokens(source / "tokenizer.json")
+    weights = load_file(source / "model.safetensors")
+    torch.manual_seed(SEED)
+    net = PairNet.start(weights)
+    learn = [sample for sample, out in zip(samples, held, strict=True) if not out]
+    known = chosen.weights
+    average = train(net, learn, tokens, chosen.epochs, SEED) if known is None else torch.load(known)
+    if chosen.save is not None:
+        torch.save(average, chosen.save)
+    minutes = ((time.monotonic() - started) / 60, (time.process_time() - used) / 60)
+    state = {name: value.numpy() for name, value in average.items()}
+    words = net.words.numpy()
+    rows = [
+        row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end)
+        for sample in random.Random(SEED).sample(learn, min(RANGE_PAIRS, len(learn)))
+    ]
+    graph = export.quantised(state, export.ranges(state, rows, words)).SerializeToString()
+    tested = [sample for sample, out in zip(samples, held, strict=True) if out]
+    model = PairModel(graph, source / "model.safetensors", source / "tokenizer.json", threads=2)
+    with tempfile.TemporaryDirectory() as folder:
+        embedder, _ = load(chosen.cache or Path(folder), threads=2)
+        judged = calibrate.judged(tested, model, embedder)
+    document, card = calibrate.report(judged, learn, minutes)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    calibrate.write(chosen.out, graph, source, document, card)
+    print(card)
+    print(f"graph: {len(graph) / 2**20:.1f} MiB, {hashlib.sha256(graph).hexdigest()}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.training.judge", description="Train the pair model.")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where graph, head and card are written")
+    parser.add_argument("--cache", type=Path, help="data directory whose embedder file is used again")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--save", type=Path, help="keep the float weights here")
+    parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
