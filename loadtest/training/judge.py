@@ -43,14 +43,14 @@ from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
-EPOCHS = 5
+EPOCHS = 4
 RATE = 1e-4
 WARM_UP = 150
 """Steps."""
-FALL = 0.3
+FALL = 0.5
 """Last part of the run, in which the rate falls."""
 BATCH_TOKENS = 1280
-SMOOTHING = 0.02
+SMOOTHING = 0.04
 DECAY = 0.01
 AVERAGE = 0.998
 """Of the running mean of the weights."""
