@@ -170,7 +170,9 @@ def dates(a: Facts, b: Facts) -> Found:
 
 def identifiers(a: Facts, b: Facts) -> Found:
     """Each has an identifier, address or model number that the other lacks."""
-    return _each(_missing(a.identifiers, b), _missing(b.identifiers, a))
+    return _each(
+        {item for item in a.identifiers if item not in b.low}, {item for item in b.identifiers if item not in a.low}
+    )
 
 
 def names(a: Facts, b: Facts) -> Found:
@@ -271,5 +273,12 @@ def _each(a: Iterable[object], b: Iterable[object]) -> Found:
 
 
 def _missing(found: frozenset[str], other: Facts) -> frozenset[str]:
-    """Those that the other text does not contain, not even their first five letters (`Indian`, `India`)."""
-    return frozenset(word for word in found if word[:5] not in other.low)
+    """Those that the other text does not have, not even in another form (`Indian` of `India`)."""
+    return frozenset(word for word in found if not any(_like(word, known) for known in other.words | other.names))
+
+
+def _like(word: str, other: str) -> bool:
+    """Whether two words differ in up to three letters at the end."""
+    return word == other or (
+        abs(len(word) - len(other)) <= 3 and word[:5] == other[:5] and min(len(word), len(other)) > 3
+    )
