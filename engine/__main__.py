@@ -5,94 +5,18 @@ Exit codes: 0 stopped as asked, 1 failed, 2 the command line or the checkpoint i
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.errors import CheckpointError
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The command line, checked."""
-
-    model: str
-    served_name: str
-    host: str
-    port: int
-    uds: str | None
-    device: str
-    dtype: str
-    kv_memory: int
-    threads: int
-    max_running: int
-    max_waiting: int
-    grace: int
-    parent_pid: int | None
-
-
-def parse(arguments: Sequence[str]) -> Settings:
-    """Read the command line; exits with 2 where it is wrong."""
-    parser = argparse.ArgumentParser(prog="hitpath engine", description="The bundled OpenAI-compatible engine.")
-    parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
-    parser.add_argument("--served-name", help="model name clients use (default: the directory's name)")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--port", type=_port, default=8081, help="0 takes a free one (default: 8081)")
-    where.add_argument("--uds", help="path of a UNIX socket to listen on instead")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--kv-memory", type=size, default="1GiB", help="bytes for keys and values (default: 1GiB)")
-    parser.add_argument("--threads", type=_positive, default=None, help="default: the cores this process may use")
-    parser.add_argument("--max-running", type=_positive, default=4, help="answers generated in turn (default: 4)")
-    parser.add_argument("--max-waiting", type=_positive, default=256, help="answers that may wait (default: 256)")
-    parser.add_argument("--grace", type=_positive, default=10, help="seconds to finish answers when stopped")
-    parser.add_argument("--parent-pid", type=_positive, help="stop when this process is gone")
-    args = parser.parse_args(arguments)
-    return Settings(
-        model=args.model,
-        served_name=args.served_name or Path(args.model).resolve().name,
-        host=args.host,
-        port=args.port,
-        uds=args.uds,
-        device=args.device,
-        dtype=args.dtype,
-        kv_memory=args.kv_memory,
-        threads=args.threads or usable_cores(),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-        grace=args.grace,
-        parent_pid=args.parent_pid,
-    )
-
-
-def size(text: str) -> int:
-    """Bytes of `512MiB`, `2GB` or a bare number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512MiB, 2GB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def usable_cores() -> int:
-    """Cores that affinity and the container's CPU limit leave to this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no limit
-    return cores
+from engine.errors import CheckpointError, SettingsError
+from engine.settings import Settings, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         return _serve(settings, listener)
-    except CheckpointError as error:
+    except (CheckpointError, SettingsError) as error:
         print(f"hitpath engine: {error}", file=sys.stderr)
         return 2
     finally:
@@ -153,39 +77,18 @@ def _remove_stale(path: Path) -> None:
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
     # Torch takes seconds to import: a wrong command line should not wait for it.
-    import torch
     import uvicorn
 
-    from engine.checkpoint import BUNDLED, load_checkpoint
-    from engine.runner import Runner
-    from engine.server import Engine, room
+    from engine.assembly import assemble
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(ready, flush=True)
+            print(f"hitpath engine ready {_place(settings, listener)} {assembled.describe()}", flush=True)
 
-    torch.set_num_threads(settings.threads)
-    directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
-    device = _device(settings.device, cuda=torch.cuda.is_available())
-    checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)
-    kv_tokens = room(checkpoint, settings.kv_memory)
-    context = min(checkpoint.config.max_positions, kv_tokens)
-    if context < 2:
-        raise CheckpointError(f"--kv-memory: {settings.kv_memory} bytes do not hold two tokens of this model")
-    runner = Runner(
-        checkpoint,
-        kv_tokens=kv_tokens,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        threads=settings.threads,
-    )
-    ready = (
-        f"hitpath engine ready {_place(settings, listener)} model={checkpoint.name} device={device} "
-        f"dtype={str(checkpoint.dtype).removeprefix('torch.')} context={context} threads={settings.threads}"
-    )
+    assembled = assemble(settings)
     config = uvicorn.Config(
-        Engine(checkpoint, runner, context=context).application(),
+        assembled.application,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=settings.grace,
@@ -193,14 +96,11 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     # Uvicorn raises the signal that stopped it once more after shutting down; being stopped is no failure here.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    Server(config).run(sockets=[listener])
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        assembled.close()
     return 0
-
-
-def _device(asked: str, *, cuda: bool) -> str:
-    if asked == "cuda" and not cuda:
-        raise CheckpointError("--device cuda: no CUDA device is usable here")
-    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
 
 
 def _place(settings: Settings, listener: socket.socket | None = None) -> str:
@@ -228,18 +128,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

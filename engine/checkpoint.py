@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from engine.config import ModelConfig, eos_ids, parse_config
 from engine.errors import CheckpointError
-from engine.model import Decoder
+from engine.model import Decoder, empty_weights, stored_tensors
 from engine.tokenizer import ChatTokenizer, load_tokenizer, read_object
 
 BUNDLED = Path(__file__).parent / "bundled"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE, _SAMPLES = 2**16, 256
+"""Bytes of a sample of the weights, and how many are taken from a file."""
 _FLOATS = {"F32", "F16", "BF16", "F64"}
 
 
@@ -43,6 +45,8 @@ class Checkpoint:
     defaults: SamplingDefaults
     dtype: torch.dtype
     device: torch.device
+    fingerprint: str
+    """Names these weights; another file, or another version of it, has another one."""
 
 
 def load_checkpoint(directory: Path, *, name: str, device: str = "cpu", dtype: str = "auto") -> Checkpoint:
@@ -71,14 +75,24 @@ def load_checkpoint(directory: Path, *, name: str, device: str = "cpu", dtype: s
         defaults=_defaults(generation),
         dtype=precision,
         device=target,
+        fingerprint=_fingerprint(directory),
     )
 
 
 def _dtype(asked: str, saved: str, device: torch.device) -> torch.dtype:
-    """`auto` is what the weights were saved as; on a CPU float32, which every CPU computes fast and exactly."""
+    """`auto` is what the weights were saved as; on a CPU without instructions for half precision, float32."""
     if asked != "auto":
         return _DTYPES[asked]
-    return torch.float32 if device.type == "cpu" else _DTYPES.get(saved, torch.float32)
+    dtype = _DTYPES.get(saved, torch.float32)
+    if device.type == "cpu" and dtype != torch.float32:
+        return torch.bfloat16 if _computes_bfloat16() else torch.float32
+    return dtype
+
+
+def _computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself; emulating it is slower than float32."""
+    cpu = torch.cpu
+    return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
 
 
 def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
@@ -95,20 +109,29 @@ def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
 
 
 def _load_model(config: ModelConfig, directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
-    # Built without storage: the loaded tensors become the parameters, so nothing is allocated or drawn twice.
-    with torch.device("meta"):
-        model = Decoder(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Every stored tensor is copied straight to its place on the device; one at a time is held beside it."""
     files = _locate(directory)
-    _check(wanted, files)
-    state: dict[str, Tensor] = {}
+    _check({name: part.shape for name, part in stored_tensors(config)}, files)
+    weights, views = empty_weights(config, dtype=dtype, device=device)
     for file in sorted(set(files.values())):
         with _opened(file) as tensors:
             for stored in tensors.keys():  # noqa: SIM118 - not a dict
-                if (plain := _plain(stored)) in wanted:
-                    state[plain] = tensors.get_tensor(stored).to(device=device, dtype=dtype)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+                if (view := views.get(_plain(stored))) is not None:
+                    view.copy_(tensors.get_tensor(stored))
+    return Decoder(config, weights)
+
+
+def _fingerprint(directory: Path) -> str:
+    """A hash of config, sizes, and samples of the weights: to read all of them would take longer than to load them."""
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    for file in sorted(set(_locate(directory).values())):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _locate(directory: Path) -> dict[str, Path]:

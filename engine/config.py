@@ -60,6 +60,11 @@ class ModelConfig:
     dtype: str
     """What the weights were saved as, e.g. `bfloat16`."""
 
+    @property
+    def context(self) -> int:
+        """Longest text in tokens. Dynamic scaling starts where the trained length ends; other kinds include theirs."""
+        return int(self.max_positions * self.rope.factor) if self.rope.kind == "dynamic" else self.max_positions
+
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a decoded `config.json`. Raises CheckpointError naming the field."""

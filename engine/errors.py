@@ -7,6 +7,10 @@ class CheckpointError(Exception):
     """A model directory cannot be loaded; the message names the file or field."""
 
 
+class SettingsError(Exception):
+    """A flag cannot be followed; the message names it."""
+
+
 class RequestError(Exception):
     """A request that is refused, in the shape that OpenAI's clients understand."""
 

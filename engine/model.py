@@ -1,215 +1,183 @@
 """A decoder of the Llama kind: Llama, Qwen2, Qwen3 and Mistral in one file.
 
-Shapes: B sequences, T new tokens, S tokens attended to, H heads, K key/value heads, D head size, E hidden size,
-V vocabulary. Parameter names are those of the Hugging Face layout without the leading `model.`.
+Shapes: N new tokens of all sequences of a step, packed without padding; H heads, K key/value heads, D head size,
+E hidden size, F inner size of the MLP, V vocabulary. Weights are plain tensors: there is nothing to train here, and
+calling modules would cost a tenth of a small model's step.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from engine.attention import AttentionBackend, KvPool, LayerPool, Packed
 from engine.config import ModelConfig
-from engine.rope import Rope, rotate
+from engine.ops import Ops, PlainOps
+from engine.rope import Rope
 
 
-class Cache(Protocol):
-    """Where keys and values of earlier tokens lie. The seam behind which the paged cache will stand."""
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """One layer. Projections that read the same input lie in one matrix, so that they are one product."""
 
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, T, D] of the new tokens of one layer; return all [B, K, S, D] that may be attended to."""
-        ...
-
-    def extend(self, positions: Tensor) -> Tensor:
-        """Announce the positions [B, T] of the new tokens, once per forward; return those of all S tokens, [B, S]."""
-        ...
-
-
-class ContiguousCache:
-    """Keys and values of one batch in one buffer per layer, grown by doubling up to the capacity."""
-
-    def __init__(self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (config.kv_heads, config.head_dim)
-        self._capacity = capacity
-        self._options = {"dtype": dtype, "device": device}
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._layers = config.layers
-        self._positions = torch.empty(0)
-        self._start = 0
-
-    def extend(self, positions: Tensor) -> Tensor:
-        """Make room for the tokens at positions [B, T]."""
-        self._start = self._positions.shape[-1]
-        self._positions = torch.cat((self._positions, positions), dim=1) if self._start else positions
-        self._reserve(positions.shape[0], self._positions.shape[1])
-        return self._positions
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write behind what is there and return views of everything so far."""
-        end = self._start + keys.shape[2]
-        self._keys[layer][:, :, self._start : end] = keys
-        self._values[layer][:, :, self._start : end] = values
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    def _reserve(self, batch: int, length: int) -> None:
-        held = self._keys[0].shape[2] if self._keys else 0
-        if length <= held:
-            return
-        if length > self._capacity:
-            raise ValueError(f"{length} tokens do not fit a cache of {self._capacity}")
-        kv_heads, head_dim = self._shape
-        size = min(self._capacity, max(length, 2 * held, 64))
-        for layer in range(self._layers):
-            for buffers in (self._keys, self._values):
-                grown = torch.empty((batch, kv_heads, size, head_dim), **self._options)  # type: ignore[call-overload]
-                if held:
-                    grown[:, :, :held] = buffers[layer]
-                    buffers[layer] = grown
-                else:
-                    buffers.append(grown)
+    input_norm: Tensor
+    """[E]."""
+    qkv: Tensor
+    """[(H + 2K)·D, E]: queries, keys, values."""
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    """[D], as is `key_norm`: Qwen3 normalises heads before turning them."""
+    key_norm: Tensor | None
+    output: Tensor
+    """[E, H·D]."""
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    """[2F, E]."""
+    gate_up_bias: Tensor | None
+    down: Tensor
+    """[E, F]."""
+    down_bias: Tensor | None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """Everything that was learnt."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self._eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype out as in."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
-        return self.weight * wide.to(x.dtype)
+    embedding: Tensor
+    """[V, E]."""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Tensor
+    """[V, E]; the embedding itself where they are tied."""
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of the Hugging Face layout, and the rows of ours that it fills."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        size, dim = config.hidden_size, config.head_dim
-        self._layer, self._dim = layer, dim
-        self._groups = config.heads // config.kv_heads
-        self.q_proj = nn.Linear(size, config.heads * dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(size, config.kv_heads * dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(size, config.kv_heads * dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.heads * dim, size, bias=config.output_bias)
-        self.q_norm = RMSNorm(dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(dim, config.norm_eps) if config.qk_norm else None
-
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """x [B, T, E] to [B, T, E]; mask bool [B, 1, T, S], or None where plain causal attention says the same."""
-        batch, length, _ = x.shape
-        queries = self.q_proj(x).view(batch, length, -1, self._dim)
-        keys = self.k_proj(x).view(batch, length, -1, self._dim)
-        values = self.v_proj(x).view(batch, length, -1, self._dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = rotate(queries.transpose(1, 2), *angles)
-        keys = rotate(keys.transpose(1, 2), *angles)
-        if cache is not None:
-            keys, values = cache.update(self._layer, keys, values)
-        mixed = attend(queries, keys, values, mask)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
-        return out
+    shape: tuple[int, ...]
+    start: int = 0
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [B, H, T, D] over [B, K, S, D] to [B, H, T, D].
-
-    mask: bool [B, 1, T, S], True where a query may look; None means causal with T == S, or T == 1 over everything.
-    """
-    batch, heads, length, dim = queries.shape
-    groups = heads // keys.shape[1]
-    if length == 1 and mask is None:
-        # One query per sequence: the group becomes the query axis, and the cache is read without repeating it.
-        folded = queries.view(batch, keys.shape[1], groups, dim)
-        return functional.scaled_dot_product_attention(folded, keys, values).view(batch, heads, 1, dim)
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
-
-
-class Mlp(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, E] to [B, T, E]."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+def layer_layout(config: ModelConfig) -> dict[str, dict[str, Part]]:
+    """Per field of LayerWeights the stored tensors it is made of, in order; names follow `model.layers.N.`."""
+    e, f, d = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.heads * d, config.kv_heads * d
+    projections = {"q_proj": (0, q), "k_proj": (q, kv), "v_proj": (q + kv, kv)}
+    halves = {"gate_proj": (0, f), "up_proj": (f, f)}
+    layout = {
+        "input_norm": {"input_layernorm.weight": Part((e,))},
+        "qkv": {f"self_attn.{name}.weight": Part((rows, e), start) for name, (start, rows) in projections.items()},
+        "output": {"self_attn.o_proj.weight": Part((e, q))},
+        "mlp_norm": {"post_attention_layernorm.weight": Part((e,))},
+        "gate_up": {f"mlp.{name}.weight": Part((rows, e), start) for name, (start, rows) in halves.items()},
+        "down": {"mlp.down_proj.weight": Part((e, f))},
+    }
+    if config.qkv_bias:
+        layout["qkv_bias"] = {
+            f"self_attn.{name}.bias": Part((rows,), start) for name, (start, rows) in projections.items()
+        }
+    if config.output_bias:
+        layout["output_bias"] = {"self_attn.o_proj.bias": Part((e,))}
+    if config.qk_norm:
+        layout["query_norm"] = {"self_attn.q_norm.weight": Part((d,))}
+        layout["key_norm"] = {"self_attn.k_norm.weight": Part((d,))}
+    if config.mlp_bias:
+        layout["gate_up_bias"] = {f"mlp.{name}.bias": Part((rows,), start) for name, (start, rows) in halves.items()}
+        layout["down_bias"] = {"mlp.down_proj.bias": Part((e,))}
+    return layout
 
 
-class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, index)
-        self.mlp = Mlp(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """[B, T, E] to [B, T, E]."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+def stored_tensors(config: ModelConfig) -> Iterator[tuple[str, Part]]:
+    """Every tensor that a checkpoint must have, named as stored but without the leading `model.`."""
+    yield "embed_tokens.weight", Part((config.vocab_size, config.hidden_size))
+    yield "norm.weight", Part((config.hidden_size,))
+    if not config.tied:
+        yield "lm_head.weight", Part((config.vocab_size, config.hidden_size))
+    layout = layer_layout(config)
+    for index in range(config.layers):
+        for parts in layout.values():
+            for name, part in parts.items():
+                yield f"layers.{index}.{name}", part
 
 
-class Decoder(nn.Module):
+def empty_weights(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Weights, dict[str, Tensor]]:
+    """Uninitialised weights, and for every stored tensor the view of them that it is to be copied into."""
+    views: dict[str, Tensor] = {}
+
+    def tensor(parts: dict[str, Part], prefix: str = "") -> Tensor:
+        rows = sum(part.shape[0] for part in parts.values())
+        whole = torch.empty((rows, *next(iter(parts.values())).shape[1:]), dtype=dtype, device=device)
+        for name, part in parts.items():
+            views[prefix + name] = whole[part.start : part.start + part.shape[0]]
+        return whole
+
+    layout = layer_layout(config)
+    optional = dict.fromkeys(LayerWeights.__slots__)
+    layers = tuple(
+        LayerWeights(**{**optional, **{field: tensor(parts, f"layers.{i}.") for field, parts in layout.items()}})  # type: ignore[arg-type]
+        for i in range(config.layers)
+    )
+    outer = {name: tensor({name: part}) for name, part in stored_tensors(config) if not name.startswith("layers.")}
+    embedding = outer["embed_tokens.weight"]
+    return Weights(embedding, layers, outer["norm.weight"], outer.get("lm_head.weight", embedding)), views
+
+
+class Decoder:
     """Token ids in, hidden states out; `logits` turns those into scores."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rope = Rope(config.rope, config.head_dim, config.max_positions)
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config, self.weights = config, weights
+        self.rope = Rope(config.rope, config.head_dim, config.max_positions, device=weights.embedding.device)
+        self._heads = (config.heads, config.kv_heads)
+        self.ops: Ops = PlainOps()
+        """The small steps between matrix products; whoever starts on a GPU may put the fused twin here."""
 
-    def forward(self, ids: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states [B, T, E] of ids int64 [B, T] at positions int64 [B, T], which rise within a sequence.
-
-        With a cache the tokens also see what it holds, and are added to it.
-        """
-        seen = positions if cache is None else cache.extend(positions)
-        masks = {window: _mask(positions, seen, window) for window in set(self.config.windows)}
-        x = self.embed_tokens(ids)
-        angles = self.rope(positions)
-        for layer, window in zip(self.layers, self.config.windows, strict=True):
-            x = layer(x, angles, masks[window], cache)
-        out: Tensor = self.norm(x)
-        return out
+    def forward(self, packed: Packed, pool: KvPool, backend: AttentionBackend) -> Tensor:
+        """Hidden states [R, E] of the rows `packed.drawing`; keys and values of all N tokens go to the pool."""
+        plans = {w: backend.plan(packed, w, pool.block_size) for w in dict.fromkeys(self.config.windows)}
+        dtype = self.weights.embedding.dtype
+        cos, sin = (angle.to(dtype) for angle in self.rope(packed.positions, packed.spans))
+        eps, rows = self.config.norm_eps, packed.drawing
+        x, delta = functional.embedding(packed.ids, self.weights.embedding), None
+        for layer, window, memory in zip(self.weights.layers, self.config.windows, pool.layers, strict=True):
+            x, normed = self.ops.add_norm(x, delta, layer.input_norm, eps)
+            delta = self._attention(layer, normed, (cos, sin), packed, memory, backend, plans[window])
+            x, normed = self.ops.add_norm(x, delta, layer.mlp_norm, eps)
+            delta = self._mlp(layer, normed)
+        last = None if delta is None else delta[rows]
+        return self.ops.add_norm(x[rows], last, self.weights.norm, eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [..., V] of hidden states [..., E]."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return functional.linear(hidden, weight)
+        """Scores [R, V] of hidden states [R, E]."""
+        return self.ops.linear(hidden, self.weights.head, None)
 
+    def _attention(
+        self,
+        layer: LayerWeights,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        packed: Packed,
+        memory: LayerPool,
+        backend: AttentionBackend,
+        plan: object,
+    ) -> Tensor:
+        heads, kv_heads = self._heads
+        mixed = self.ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, -1)
+        norms = None
+        if layer.query_norm is not None and layer.key_norm is not None:
+            norms = (layer.query_norm, layer.key_norm)
+        queries, keys, values = self.ops.turn_write(mixed, turn, norms, self.config.norm_eps, memory, packed.slots)
+        seen = backend.attend(queries, memory, plan, (keys, values))
+        return self.ops.linear(seen.view(len(x), -1), layer.output, layer.output_bias)
 
-def _mask(positions: Tensor, seen: Tensor, window: int | None) -> Tensor | None:
-    """Who sees whom, exactly: key position ≤ query position, and nearer than the window. [B, 1, T, S], or None.
-
-    None where the kernel's own rule gives the same: all of a fresh causal prompt, or one token after all others.
-    """
-    length, total = positions.shape[1], seen.shape[1]
-    if length in (1, total) and (window is None or total <= window):
-        return None
-    distance = positions[:, :, None] - seen[:, None, :]
-    allowed = distance >= 0
-    if window is not None:
-        allowed &= distance < window
-    return allowed[:, None]
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        both = self.ops.linear(x, layer.gate_up, layer.gate_up_bias)
+        return self.ops.linear(self.ops.gate(both), layer.down, layer.down_bias)

@@ -15,6 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from engine.checkpoint import SamplingDefaults
 from engine.errors import RequestError
 from engine.sampling import SamplingParams
+from engine.tools import NAME
+
+MAX_STOP = 1024
+"""Characters of a stop string."""
 
 MAX_SEQUENCES = 64
 """Answers one request may ask for: prompts times `n`."""
@@ -77,12 +81,83 @@ class StreamOptions(_Closed):
 
     include_usage: bool | None = None
     include_obfuscation: Anything = None
+    continuous_usage_stats: Anything = None
+    """Load tools ask for counts in every chunk and read those of the last one as well."""
+
+
+class JsonSchema(_Closed):
+    """A named schema; answers follow it whether or not `strict` is set."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    description: Anything = None
+    strict: bool | None = None
 
 
 class ResponseFormat(_Closed):
-    """Only plain text; constrained formats are not supported."""
+    """What the whole answer must be."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_asked(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and only with it")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema that an answer must follow; None where any text will do."""
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema":
+                return self.json_schema.schema_ if self.json_schema else {}
+
+
+class Function(_Closed):
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _callable(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("expected 1 to 64 letters, digits, '_' or '-'")
+        return name
+
+    @property
+    def schema_wanted(self) -> dict[str, Any]:
+        """The schema of its arguments; without one it has none."""
+        none = {"type": "object", "properties": {}, "additionalProperties": False}
+        return {"type": "object", **self.parameters} if self.parameters else none
+
+
+class Tool(_Closed):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Closed):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(_Closed):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 def _listed(value: object) -> object:
@@ -100,14 +175,20 @@ class Sampled(_Closed):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_listed)] = Field(
-        None, max_length=16
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None, BeforeValidator(_listed)] = (
+        Field(None, max_length=16)
     )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=64)
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    """Prompts with different salts never share what was computed for them."""
     user: Anything = None
     metadata: Anything = None
     store: Anything = None
@@ -119,7 +200,7 @@ class Sampled(_Closed):
     @field_validator("logit_bias")
     @classmethod
     def _token_keys(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if any(not key.isascii() or not key.isdigit() for key in bias or ()):
+        if any(not key.isascii() or not key.isdigit() or len(key) > 10 for key in bias or ()):
             raise ValueError("keys are token ids")
         return bias
 
@@ -135,6 +216,11 @@ class Sampled(_Closed):
         return self.n or 1
 
     @property
+    def constrained(self) -> bool:
+        """Whether the answer must have a form."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -144,22 +230,32 @@ class Sampled(_Closed):
     ) -> SamplingParams:
         """How the answer number `choice` is drawn; each has a seed of its own. Raises RequestError."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        if any(token >= vocab_size for token in bias):
-            raise RequestError(f"logit_bias: token ids are below {vocab_size}", param="logit_bias")
+        for field, ids in (("logit_bias", bias), ("stop_token_ids", self.stop_token_ids or ())):
+            if any(token >= vocab_size for token in ids):
+                raise RequestError(f"{field}: token ids are below {vocab_size}", param=field, code="invalid_value")
         return SamplingParams(
             temperature=_given(self.temperature, defaults.temperature),
             top_p=_given(self.top_p, defaults.top_p),
             top_k=max(0, _given(self.top_k, defaults.top_k)),
+            min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=_given(self.repetition_penalty, 1.0),
             logit_bias=bias,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            min_tokens=min(defaults.min_tokens, max_tokens),
+            # A form says itself when it ends.
+            min_tokens=0 if self.constrained else min(_given(self.min_tokens, defaults.min_tokens), max_tokens),
             max_tokens=max_tokens,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
+
+    def _check_least(self, limit: int | None) -> None:
+        """Raises ValueError where fewer tokens are allowed than asked for."""
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise ValueError(f"min_tokens: at most {limit}, which is the limit of the answer")
 
 
 class ChatRequest(Sampled):
@@ -169,11 +265,11 @@ class ChatRequest(Sampled):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: Anything = None
     prediction: Anything = None
 
     @model_validator(mode="after")
@@ -181,6 +277,75 @@ class ChatRequest(Sampled):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only allowed when logprobs is true")
         return self
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _known_choice(cls, choice: object) -> object:
+        words = ("none", "auto", "required")
+        if choice is None or isinstance(choice, dict) or choice in words:
+            return choice
+        raise ValueError(f"expected one of {', '.join(words)} or a named function")
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> ChatRequest:
+        self._check_least(self.limit)
+        return self
+
+    @model_validator(mode="after")
+    def _tools_are_told_apart(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice: there are no tools to choose from")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} is not among the tools")
+        return self
+
+    @model_validator(mode="after")
+    def _an_end_can_come(self) -> ChatRequest:
+        for field in ("ignore_eos", "min_tokens"):
+            if self.constrained and getattr(self, field):
+                raise ValueError(f"{field}: not allowed where the answer must have a form, which says when it ends")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema that an answer must follow; None where any text will do."""
+        return None if self.response_format is None else self.response_format.schema_wanted
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a tool call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether an answer may call more than once."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer must have a form."""
+        return self.must_call or self.schema_wanted is not None
+
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        """The tools as the client wrote them, unless none may be called."""
+        if not self.functions:
+            return None
+        return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
+
+    @property
+    def functions(self) -> list[Function]:
+        """Those that may be called."""
+        functions = [tool.function for tool in self.tools or ()]
+        match self.tool_choice:
+            case "none":
+                return []
+            case NamedTool(function=chosen):
+                return [function for function in functions if function.name == chosen.name]
+            case _:
+                return functions
 
     @property
     def limit(self) -> int | None:
@@ -199,7 +364,9 @@ class CompletionRequest(Sampled):
     prompt: list[str] | list[list[int]]
     """One or more prompts, each text or token ids; a single one may be sent without the list around it."""
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    """0 only with `echo`: nothing is written, the prompt comes back, with `logprobs` scored."""
+    echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
 
@@ -207,6 +374,13 @@ class CompletionRequest(Sampled):
     def limit(self) -> int:
         """Most tokens of an answer; OpenAI's default for this endpoint is 16."""
         return 16 if self.max_tokens is None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only with echo")
+        self._check_least(self.limit)
+        return self
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -274,6 +448,6 @@ def _with_arguments(call: object) -> object:
         return call
     try:
         arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -15,46 +15,55 @@ from engine.config import RopeConfig
 
 
 class Rope:
-    """Angles for positions. One per model; the scaled frequencies are computed once, `dynamic` ones as length grows."""
+    """Angles for positions; one per model."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, max_positions: int) -> None:
-        self._config = config
-        self._dim = head_dim
-        self._max_positions = max_positions
+    def __init__(self, config: RopeConfig, head_dim: int, max_positions: int, *, device: torch.device) -> None:
+        self._config, self._dim, self._max_positions = config, head_dim, max_positions
         self._scale = _attention_factor(config)
-        self._frequencies = _frequencies(config, head_dim, max_positions, max_positions)
+        self._frequencies = _frequencies(config, head_dim).to(device)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [..., T, head_dim], for positions int64 [..., T]."""
-        frequencies = self._frequencies
-        if self._config.kind == "dynamic":
-            longest = max(int(positions.max()) + 1, self._max_positions)
-            frequencies = _frequencies(self._config, self._dim, self._max_positions, longest)
-        angles = positions[..., None].float() * frequencies.to(positions.device)
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos() * self._scale, both.sin() * self._scale
+    @property
+    def stretches(self) -> bool:
+        """Whether angles depend on how long the text is, so that keys of one length do not serve another."""
+        return self._config.kind == "dynamic"
+
+    def __call__(self, positions: Tensor, spans: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each float32 [N, 1, D], for positions int64 [N].
+
+        The sines of the first half are negated, which is what `rotate` wants. `spans` int64 [N]: length of the text
+        that each token is computed in, for `dynamic`; other kinds have no use for it.
+        """
+        frequencies = self._frequencies if spans is None else self._stretched(spans)
+        angles = positions[:, None].float() * frequencies
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+    def _stretched(self, spans: Tensor) -> Tensor:
+        """Frequencies [N, D / 2] with the base grown for texts longer than the model was trained on."""
+        rope, dim = self._config, self._dim
+        longest = spans.clamp(min=self._max_positions).double()
+        stretch = rope.factor * longest / self._max_positions - (rope.factor - 1)
+        base = rope.theta * stretch ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=spans.device).double() / dim
+        return (1.0 / base[:, None] ** exponents).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, heads, T, head_dim] by angles [B, T, head_dim]; halves are the pairs, as in the HF layout."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+    """Turn x [N, heads, D] by what `Rope` returned; halves are the pairs, as in the HF layout."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
-def _frequencies(rope: RopeConfig, dim: int, max_positions: int, length: int) -> Tensor:
+def _frequencies(rope: RopeConfig, dim: int) -> Tensor:
     """Radians per position, float32 [dim / 2]."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
     plain: Tensor = 1.0 / (rope.theta**exponents)
     match rope.kind:
-        case "default":
+        case "default" | "dynamic":
             return plain
         case "linear":
             return plain / rope.factor
-        case "dynamic":
-            stretch = rope.factor * length / max_positions - (rope.factor - 1)
-            stretched: Tensor = 1.0 / ((rope.theta * stretch ** (dim / (dim - 2))) ** exponents)
-            return stretched
         case "llama3":
             return _llama3(rope, plain)
         case "yarn":

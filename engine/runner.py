@@ -1,31 +1,47 @@
-"""The one thread that computes: it takes jobs from a bounded queue and gives every running one a token in turn.
+"""The one thread that computes: schedule a step, run it, draw the tokens, hand out what happened. Over and over.
 
-Torch releases the interpreter while it computes, so the event loop stays free. Events of a job are handed over through
-its `emit`, which is called on this thread and must not block.
+Torch releases the interpreter while it computes, so the event loop stays free. What happened to all answers of a step
+is handed over in one call of `deliver`, on this thread; it must not block.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.errors import QueueFull, ShuttingDown
-from engine.model import ContiguousCache
-from engine.sampling import Choice, Sampler, SamplingParams
+from engine.errors import ShuttingDown
+from engine.executor import Executor, Outcome
+from engine.sampling import Choice, Drawing, Guide, SamplingParams, describe, draw
+from engine.scheduler import Chunk, Scheduler, Step
+from engine.sequence import Sequence as Row
+from engine.sequence import State
 from engine.stops import StopMatcher
-from engine.tokenizer import Detokenizer
 
-PREFILL_CHUNK = 512
-"""Tokens of a prompt computed in one go; between two of them others get their turn and a cancellation is seen."""
+_SCORED_AT_ONCE = 64
+"""Prompt tokens whose scores are held at once when log probabilities of the prompt are wanted."""
+
+_QUIET = 1.0
+"""Seconds without work after which the blocks' books are checked, once."""
 
 FinishReason = Literal["stop", "length"]
+log = logging.getLogger("hitpath.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """The prompt has been computed. The first event of every job that does not fail before."""
+
+    cached: int
+    """Prompt tokens that did not have to be computed."""
+    choices: tuple[Choice | None, ...] = ()
+    """With `prompt_logprobs`: one per prompt token, None for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +66,19 @@ class Failed:
     """Generation broke; the message is for the client, the log has the rest."""
 
     message: str
+    status: int = 500
+    code: str = "generation_failed"
 
 
-Event = Progress | Finished | Failed
+Event = Prompted | Progress | Finished | Failed
+Happened = list[tuple["Job", Event]]
+
+
+class AnswerGuide(Guide, Protocol):
+    """Rules which tokens may come next, told of every token that came."""
+
+    def advance(self, token: int) -> None:
+        """Take note of a drawn token."""
 
 
 @dataclass(eq=False, slots=True)
@@ -62,56 +88,69 @@ class Job:
     prompt: Sequence[int]
     params: SamplingParams
     emit: Callable[[Event], None]
+    """Called by whoever `deliver` hands the events to."""
+    tenant: str = ""
+    """Unit of fairness; also, blocks are never shared between tenants."""
+    guide: AnswerGuide | None = None
+    parent: Job | None = None
+    """The first answer to the same prompt, for the second to the n-th."""
+    prompt_logprobs: bool = False
     cancelled: bool = field(default=False, init=False)
-    """Set by anyone, at any time: the job ends before its next token, without a further event."""
-
-    def cost(self) -> int:
-        """Tokens of KV memory that the answer may come to need."""
-        return len(self.prompt) + self.params.max_tokens
+    """Set by `Runner.cancel`: the job ends before its next token, without a further event."""
 
 
-class _Sequence:
-    """A running job: its cache, its sampler, its text."""
+class Watch(Protocol):
+    """Who counts what happens; called on the worker's thread."""
 
-    def __init__(self, job: Job, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        self.job = job
-        self._checkpoint = checkpoint
-        self._cache = ContiguousCache(config, job.cost(), dtype=checkpoint.dtype, device=checkpoint.device)
-        self._sampler = Sampler(job.params, config.vocab_size, checkpoint.eos_ids)
-        self._text = Detokenizer(checkpoint.tokenizer.decode)
+    def scheduled(self, step: Step) -> None:
+        """A step is about to be computed."""
+        ...
+
+    def step(self, happened: Happened) -> None:
+        """What a step brought."""
+        ...
+
+
+class _Answer:
+    """A job under way: its row of tokens, its draws, its text."""
+
+    def __init__(self, job: Job, row: Row, checkpoint: Checkpoint) -> None:
+        self.job, self.row = job, row
+        self.drawing = Drawing(job.params, job.prompt, checkpoint.eos_ids, job.guide)
+        self._ends = set(job.params.stop_token_ids)
+        if not job.params.ignore_eos:
+            self._ends |= checkpoint.eos_ids
+        self._text = checkpoint.tokenizer.detokenizer()
         self._stops = StopMatcher(job.params.stop)
-        self._pending: Sequence[int] = job.prompt
-        self._length = 0
-        self._drawn = 0
+        self._scored: list[Choice | None] = [None] if job.prompt_logprobs else []
+        self._told = False
 
-    def step(self) -> tuple[Event, ...]:
-        """Compute the next chunk of the prompt, or the next token. Nothing while the prompt is not through."""
-        chunk, self._pending = self._pending[:PREFILL_CHUNK], self._pending[PREFILL_CHUNK:]
-        device = self._checkpoint.device
-        ids = torch.tensor([chunk], device=device)
-        positions = torch.arange(self._length, self._length + len(chunk), device=device)[None]
-        hidden = self._checkpoint.model(ids, positions, self._cache)
-        self._length += len(chunk)
-        if self._pending:
-            return ()
-        choice = self._sampler.draw(self._checkpoint.model.logits(hidden[0, -1]))
-        self._drawn += 1
-        self._pending = [choice.token]
-        return self._advance(choice)
+    def score(self, chunk: Chunk, choices: Iterable[Choice]) -> None:
+        """Take the log probabilities of the prompt tokens that follow those of `chunk`."""
+        if len(self._scored) == chunk.start + 1:  # otherwise a preempted prompt is computed once more
+            self._scored += choices
 
-    def _advance(self, choice: Choice) -> tuple[Event, ...]:
-        params = self.job.params
-        if choice.token in self._checkpoint.eos_ids and not params.ignore_eos:
-            return (Finished("stop", self._tail()[0], self._drawn),)
+    def take(self, choice: Choice) -> list[Event]:
+        """What one drawn token means; the answer is over if the last event is Finished."""
+        events: list[Event] = []
+        if not self._told:
+            self._told = True
+            events.append(Prompted(self.row.cached, tuple(self._scored[: len(self.job.prompt)])))
+        params, drawn = self.job.params, self.row.drawn + 1
+        if params.max_tokens == 0:
+            return [*events, Finished("length", "", 0)]
+        if self.job.guide is not None:
+            self.job.guide.advance(choice.token)
+        if choice.token in self._ends:
+            return [*events, Finished("stop", self._tail()[0], drawn)]
         text, stopped = self._stops.push(self._text.push(choice.token))
-        progress = Progress(text, choice)
+        events.append(Progress(text, choice))
         if stopped:
-            return (progress, Finished("stop", "", self._drawn))
-        if self._drawn < params.max_tokens:
-            return (progress,)
-        tail, stopped = self._tail()
-        return (progress, Finished("stop" if stopped else "length", tail, self._drawn))
+            events.append(Finished("stop", "", drawn))
+        elif drawn >= params.max_tokens:
+            tail, stopped = self._tail()
+            events.append(Finished("stop" if stopped else "length", tail, drawn))
+        return events
 
     def _tail(self) -> tuple[str, bool]:
         """What was held back, when nothing follows; it may still complete a stop string."""
@@ -123,17 +162,30 @@ class Runner:
     """Queue and worker thread."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, kv_tokens: int, max_running: int, max_waiting: int, threads: int
+        self,
+        checkpoint: Checkpoint,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        threads: int,
+        deliver: Callable[[Happened], None],
+        watch: Watch | None = None,
     ) -> None:
-        """`kv_tokens`: tokens whose keys and values may be held at once, over all running answers."""
-        self._checkpoint = checkpoint
-        self._kv_tokens, self._max_running, self._max_waiting = kv_tokens, max_running, max_waiting
-        self._threads = threads
+        """`threads`: torch threads of the worker."""
+        self._checkpoint, self._scheduler, self._executor = checkpoint, scheduler, executor
+        self._threads, self._deliver, self._watch = threads, deliver, watch
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._running: list[_Sequence] = []
+        # Scheduler and answers belong to whoever holds `_changed`; the worker lets go of it while the model computes.
+        self._answers: dict[Row, _Answer] = {}
+        self._rows: dict[Job, Row] = {}
+        self._cancelled: list[Job] = []
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="hitpath-engine", daemon=True)
+        self.sheds = 0
+        """Answers given up for want of memory."""
+        self.check_failures = 0
+        """How often the books of the blocks were found wrong when idle."""
+        self._checked = True
+        self._thread = threading.Thread(target=self._work, name="hitpath-engine", daemon=True)
 
     def start(self) -> None:
         """Start the worker."""
@@ -144,24 +196,33 @@ class Runner:
         with self._changed:
             if self._closed:
                 raise ShuttingDown
-            # An idle engine takes any request whole; a bound below its own size would refuse it for ever.
-            if self._waiting and len(self._waiting) + len(jobs) > self._max_waiting:
-                raise QueueFull(self._max_waiting)
-            self._waiting.extend(jobs)
+            rows: dict[Job, Row] = {}
+            for job in jobs:
+                rows[job] = self._row(job, rows)
+            self._scheduler.add(list(rows.values()), time.monotonic())
+            for job, row in rows.items():
+                self._answers[row] = _Answer(job, row, self._checkpoint)
+            self._rows.update(rows)
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """End them before their next token; finished ones are left alone."""
         with self._changed:
             for job in jobs:
+                if (row := self._rows.get(job)) is None:
+                    continue
                 job.cancelled = True
-            # The running ones belong to the worker; it drops them itself before their next token.
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                if row.state is State.WAITING:
+                    self._drop(row)
+                else:
+                    # Its blocks may be written to right now; the worker takes it out between two steps.
+                    self._cancelled.append(job)
+            self._changed.notify()
 
     def depth(self) -> tuple[int, int]:
         """How many are running and how many wait."""
         with self._changed:
-            return len(self._running), len(self._waiting)
+            return self._scheduler.depth()
 
     def close(self) -> None:
         """Cancel everything and end the thread; returns when it is gone."""
@@ -171,39 +232,156 @@ class Runner:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _run(self) -> None:
+    def _row(self, job: Job, siblings: dict[Job, Row]) -> Row:
+        model, length = self._checkpoint.model, len(job.prompt)
+        # Keys turned by angles that depend on the length serve prompts of that length only.
+        stretched = model.rope.stretches and length > model.config.max_positions
+        return Row(
+            list(job.prompt),
+            job.params,
+            tenant=job.tenant,
+            salt=str(length) if stretched else "",
+            parent=None if job.parent is None else siblings.get(job.parent),
+            fresh=job.prompt_logprobs,
+        )
+
+    def _work(self) -> None:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            while self._admit():
-                for sequence in list(self._running):
-                    self._step(sequence)
+            while (step := self._next()) is not None:
+                if self._watch is not None:
+                    self._watch.scheduled(step)
+                happened = [(job, event) for job, event in self._run(step) if not job.cancelled]
+                if self._watch is not None:
+                    self._watch.step(happened)
+                self._deliver(happened)
 
-    def _admit(self) -> bool:
-        """Wait for work and take in what fits; False when closed."""
+    def _next(self) -> Step | None:
+        """The next step, waiting for work if there is none; None when closed."""
         with self._changed:
-            self._running = [sequence for sequence in self._running if not sequence.job.cancelled]
-            while not self._closed and not self._running and not self._waiting:
-                self._changed.wait()
-            held = sum(sequence.job.cost() for sequence in self._running)
-            while self._waiting and len(self._running) < self._max_running:
-                # In order: a large request is not overtaken for ever by small ones.
-                if self._running and held + self._waiting[0].cost() > self._kv_tokens:
-                    break
-                job = self._waiting.popleft()
-                held += job.cost()
-                self._running.append(_Sequence(job, self._checkpoint))
-            return not self._closed
+            while True:
+                self._drop_cancelled()
+                if self._closed:
+                    self._cancelled += self._rows
+                    self._drop_cancelled()
+                    return None
+                step = self._scheduler.schedule(time.monotonic())
+                if step is not None:
+                    for row in step.preempted:
+                        self._executor.forget(row)
+                    return step
+                self._rest()
 
-    def _step(self, sequence: _Sequence) -> None:
-        if sequence.job.cancelled:
+    def _rest(self) -> None:
+        """Wait for something to do; when nothing came for a while, see whether the books are in order."""
+        if self._checked:
+            self._changed.wait()
+        elif not self._changed.wait(_QUIET):
+            self._checked = True
+            try:
+                self._scheduler.check()
+            except Exception:  # serving goes on; the counter tells
+                self.check_failures += 1
+                log.exception("the blocks' books are wrong")
             return
+        self._checked = False
+
+    def _drop_cancelled(self) -> None:
+        for job in self._cancelled:
+            if (row := self._rows.get(job)) is not None:
+                self._drop(row)
+        self._cancelled.clear()
+
+    def _drop(self, row: Row) -> None:
+        self._scheduler.cancel((row,))
+        self._forget(row)
+
+    def _forget(self, row: Row) -> None:
+        self._executor.forget(row)
+        del self._rows[self._answers.pop(row).job]
+
+    def _run(self, step: Step) -> Happened:
+        """Run a step; where it breaks, run its chunks one by one, so that only the broken ones fail."""
         try:
-            events = sequence.step()
-        except Exception as error:  # one answer failing (out of memory, say) must not end the others
-            logging.getLogger("hitpath.engine").exception("generation failed")
-            events = (Failed(f"Generation failed: {type(error).__name__}."),)
-        if events and isinstance(events[-1], Finished | Failed):
-            with self._changed:
-                self._running.remove(sequence)
-        for event in events:
-            sequence.job.emit(event)
+            self._executor.copy(step.copies)
+        except Exception as error:  # a block that was not copied must not be written to
+            return [event for chunk in step.chunks for event in self._fail(chunk.sequence, error)]
+        try:
+            return self._finish(step, self._executor.run(step.chunks))
+        except Exception as error:  # whatever breaks, the others go on
+            if len(step.chunks) == 1:
+                return self._fail(step.chunks[0].sequence, error)
+            if _out_of_memory(error):
+                # Nothing of the step was taken over: what is left of it is scheduled again.
+                return self._fail(max((chunk.sequence for chunk in step.chunks), key=lambda row: row.order), error)
+            log.warning("a step of %d sequences failed (%s); running them one by one", len(step.chunks), error)
+        happened: Happened = []
+        for chunk in step.chunks:
+            happened += self._run(Step((chunk,), (), ()))
+        return happened
+
+    def _take(self, row: Row, choice: Choice) -> list[Event]:
+        try:
+            return self._answers[row].take(choice)
+        except Exception as error:  # of this answer alone: its text, its guide
+            log.error("an answer broke", exc_info=error)
+            return [Failed(f"Generation failed: {type(error).__name__}.")]
+
+    def _fail(self, row: Row, error: Exception) -> Happened:
+        log.error("generation failed", exc_info=error)
+        starved = _out_of_memory(error)
+        failed = Failed(
+            "The engine ran out of memory; try again later."
+            if starved
+            else f"Generation failed: {type(error).__name__}.",
+            status=503 if starved else 500,
+            code="out_of_memory" if starved else "generation_failed",
+        )
+        with self._changed:
+            self.sheds += starved
+            job = self._answers[row].job
+            self._scheduler.finish(row)
+            self._forget(row)
+        return [(job, failed)]
+
+    def _finish(self, step: Step, outcome: Outcome) -> Happened:
+        """Draw the tokens of a computed step and see what they mean."""
+        self._score_prompts(step, outcome)
+        rows = [chunk.sequence for chunk in step.chunks if chunk.draws]
+        choices = draw(outcome.scores, [self._answers[row].drawing for row in rows]) if rows else []
+        happened: Happened = []
+        over: list[Row] = []
+        for row, choice in zip(rows, choices, strict=True):
+            job, events = self._answers[row].job, self._take(row, choice)
+            happened += [(job, event) for event in events]
+            if isinstance(events[-1], Finished | Failed):
+                over.append(row)
+        with self._changed:
+            self._scheduler.complete(step, {row: choice.token for row, choice in zip(rows, choices, strict=True)})
+            for row in over:
+                self._scheduler.finish(row)
+                self._forget(row)
+        return happened
+
+    def _score_prompts(self, step: Step, outcome: Outcome) -> None:
+        """Log probabilities of prompts whose requests want them, a few tokens at a time."""
+        start = 0
+        for chunk in step.chunks:
+            if not chunk.sequence.fresh:
+                continue
+            hidden = outcome.prompt[start : start + chunk.count]
+            start += chunk.count
+            answer, prompt = self._answers[chunk.sequence], chunk.sequence.prompt
+            following = prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
+            wanted = answer.job.params.logprobs or 0
+            choices: list[Choice] = []
+            for at in range(0, len(following), _SCORED_AT_ONCE):
+                tokens = following[at : at + _SCORED_AT_ONCE]
+                scores = self._executor.logits(hidden[at : at + len(tokens)])
+                choices += describe(scores, tokens, [wanted] * len(tokens))
+            answer.score(chunk, choices)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch says so by a type on CUDA, by a message on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

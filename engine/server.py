@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from functools import partial
+from typing import Literal, Protocol
 
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engine import requests
-from engine.answers import DONE, Part, Shape, error_body, event, failure_body, usage
+from engine.answers import Echo, Shape, StreamedAnswer, Tools, Usage, Vocabulary, WholeAnswer, error_body, failure_body
 from engine.checkpoint import Checkpoint
 from engine.errors import ContextTooLong, ModelNotFound, QueueFull, RequestError
-from engine.runner import Event, Failed, Finished, Job, Progress, Runner
+from engine.guidance import Grammar, Guidance
+from engine.metrics import EngineMetrics
+from engine.runner import Event, Failed, Finished, Happened, Job
 from engine.sampling import SamplingParams
 
 MAX_BODY = 16 * 2**20
@@ -35,24 +41,70 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
-class Metrics:
-    """What `/metrics` shows; one registry per engine, so that two in one process do not meet."""
+class Worker(Protocol):
+    """Who computes: the runner, seen from here."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "hitpath_engine_requests",
-            "Requests by endpoint and status.",
-            ["endpoint", "status"],
-            registry=self.registry,
-        )
-        self.tokens = Counter("hitpath_engine_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
-        self.first = Histogram(
-            "hitpath_engine_first_token_seconds", "Time from request to first token.", registry=self.registry
-        )
-        for position, name in enumerate(("running", "waiting")):
-            gauge = Gauge(f"hitpath_engine_{name}", f"Answers that are {name}.", registry=self.registry)
-            gauge.set_function(lambda position=position: runner.depth()[position])  # type: ignore[misc]
+    def start(self) -> None:
+        """Begin to work."""
+        ...
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all jobs or none. Raises QueueFull, ShuttingDown."""
+        ...
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """End them; finished ones are left alone."""
+        ...
+
+    def depth(self) -> tuple[int, int]:
+        """How many are running and how many wait."""
+        ...
+
+    def close(self) -> None:
+        """End; returns when nothing is computed any more."""
+        ...
+
+
+class Delivery:
+    """Carries what happened from the worker's thread to the jobs' owners on the event loop, a step at a time."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self) -> None:
+        """Deliver to the running loop from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, happened: Happened) -> None:
+        """Hand these over; called on the worker's thread."""
+        # The loop may be gone when the process stops; nobody waits for the events then.
+        if happened and self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hand_out, happened)
+
+    @staticmethod
+    def _hand_out(happened: Happened) -> None:
+        for job, event in happened:
+            job.emit(event)
+
+
+class Pace:
+    """How fast answers have been finished lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=64)
+
+    def finished(self) -> None:
+        """One more answer has ended."""
+        self._ends.append(self._clock())
+
+    def retry_after(self, waiting: int) -> int:
+        """Whole seconds until a queue of this length will have been worked off; at least 1, at most a minute."""
+        if len(self._ends) < 2:
+            return 1
+        seconds_each = (self._clock() - self._ends[0]) / (len(self._ends) - 1)
+        return min(60, max(1, math.ceil(waiting * seconds_each)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,80 +115,153 @@ class Plan:
     params: list[SamplingParams]
     shape: Shape
     stream: bool
+    tenant: str
+    grammar: Grammar | None
+    score_prompts: bool
 
-    def prompt_tokens(self) -> int:
-        """Counted once per prompt, however many answers it gets."""
-        return sum(map(len, self.prompts))
+    @property
+    def answers(self) -> int:
+        """Prompts times choices."""
+        return len(self.prompts) * len(self.params)
+
+    def usage(self) -> Usage:
+        """Token counts before anything was generated."""
+        return Usage(sum(map(len, self.prompts)))
+
+    def jobs(self, put: Callable[[int, Event], None]) -> list[Job]:
+        """One per answer: all choices of the first prompt, then those of the second; `put` takes index and event."""
+        jobs: list[Job] = []
+        for prompt in self.prompts:
+            first: Job | None = None
+            for params in self.params:
+                job = Job(
+                    prompt,
+                    params,
+                    partial(put, len(jobs)),
+                    tenant=self.tenant,
+                    guide=None if self.grammar is None else self.grammar.guide(),
+                    # Each choice gives the scored prompt back, so none can do without computing it.
+                    parent=None if self.score_prompts else first,
+                    prompt_logprobs=self.score_prompts,
+                )
+                first = first or job
+                jobs.append(job)
+        return jobs
 
 
 class Generation:
-    """The jobs of one request and their events, in the order they happen. Who starts it must cancel it in the end."""
+    """The jobs of one request and their events, on the event loop. Who starts it must cancel it in the end."""
 
-    def __init__(self, runner: Runner, plan: Plan, metrics: Metrics) -> None:
-        self._runner, self._metrics = runner, metrics
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._began = time.monotonic()
-        pairs = [(prompt, params) for prompt in plan.prompts for params in plan.params]
-        self._jobs = [Job(prompt, params, self._emitter(index)) for index, (prompt, params) in enumerate(pairs)]
+    def __init__(self, runner: Worker, plan: Plan, metrics: EngineMetrics, pace: Pace) -> None:
+        self._runner, self._metrics, self._pace = runner, metrics, pace
+        self._whole = not plan.stream
+        self._events: list[tuple[int, Event]] = []
+        self._changed = asyncio.Event()
+        self._abandoned = False
+        self._left = plan.answers
+        self._jobs = plan.jobs(self._put)
 
-    def __len__(self) -> int:
-        return len(self._jobs)
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self._left == 0
 
     def start(self) -> None:
         """Queue the jobs. Raises QueueFull, ShuttingDown."""
-        self._runner.submit(self._jobs)
+        self._metrics.arrived(self._jobs)
+        try:
+            self._runner.submit(self._jobs)
+        except RequestError:
+            self._metrics.refused(self._jobs)
+            raise
 
     def cancel(self) -> None:
         """End what still runs; nothing happens to finished jobs."""
         self._runner.cancel(self._jobs)
+        self._metrics.ended(self._jobs)
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Every event of every job, until all have finished or one has failed."""
-        left, first = len(self._jobs), True
-        while left:
-            index, event = await self._events.get()
-            if first:
-                self._metrics.first.observe(time.monotonic() - self._began)
-                first = False
-            if isinstance(event, Finished):
-                left -= 1
-                self._metrics.tokens.labels("completion").inc(event.tokens)
-            yield index, event
-            if isinstance(event, Failed):
-                return
+    def abandon(self) -> None:
+        """The client is gone."""
+        self._abandoned = True
+        self._changed.set()
 
-    def _emitter(self, index: int) -> Callable[[Event], None]:
-        def emit(event: Event) -> None:
-            # The loop may be gone when the process stops; nobody waits for the event then.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+    async def events(self) -> list[tuple[int, Event]]:
+        """What has happened since the last call, at least one event; for a whole answer everything, at its end.
 
-        return emit
+        After a failure nothing follows. Raises ClientDisconnect when the client is gone.
+        """
+        await self._changed.wait()
+        self._changed.clear()
+        if self._abandoned:
+            raise ClientDisconnect
+        taken, self._events = self._events, []
+        return taken
+
+    def _put(self, index: int, event: Event) -> None:
+        if self.over:
+            return
+        self._events.append((index, event))
+        if isinstance(event, Finished):
+            self._left -= 1
+            self._pace.finished()
+        elif isinstance(event, Failed):
+            self._left = 0
+        # A whole answer is woken once: its tokens cost nothing but the list.
+        if self.over or not self._whole:
+            self._changed.set()
 
 
-class GenerationStream(StreamingResponse):
-    """A stream of events; however it ends, finished or with the client gone, the jobs behind it end too."""
+class GenerationStream(Response):
+    """A stream of events; however it ends, finished or with the client gone, the jobs behind it end too.
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._generation = generation
+    Everything that has happened when the stream gets its turn goes out in one piece.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, answer: StreamedAnswer) -> None:
+        super().__init__(headers={"cache-control": "no-cache"})
+        # No length is known; the empty body given to the base class has one.
+        del self.headers["content-length"]
+        self._generation, self._answer = generation, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        watch = asyncio.ensure_future(_disconnected(receive))
+        watch.add_done_callback(lambda _: self._generation.abandon())
         try:
-            await super().__call__(scope, receive, send)
+            await self._send(send)
+        except (ClientDisconnect, OSError):
+            pass  # nobody reads the rest
         finally:
+            watch.cancel()
             self._generation.cancel()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._answer.opening(), "more_body": True})
+        failed = False
+        while not self._generation.over:
+            happened = await self._generation.events()
+            failed = isinstance(happened[-1][1], Failed)
+            piece = b"".join([self._answer.add(index, event) for index, event in happened])
+            if piece:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"" if failed else self._answer.closing()})
 
 
 class Engine:
     """The application's state and its handlers."""
 
-    def __init__(self, checkpoint: Checkpoint, runner: Runner, *, context: int) -> None:
-        """`context`: most tokens of prompt and answer together."""
-        self._checkpoint, self._runner, self._context = checkpoint, runner, context
-        self._metrics = Metrics(runner)
+    def __init__(
+        self, checkpoint: Checkpoint, runner: Worker, *, context: int, delivery: Delivery, metrics: EngineMetrics
+    ) -> None:
+        """`context`: most tokens of prompt and answer together. `delivery` is what the runner delivers to."""
+        self._checkpoint, self._runner, self._context, self._delivery = checkpoint, runner, context, delivery
+        self._metrics = metrics
+        self._pace = Pace()
+        self._guidance = Guidance(checkpoint.tokenizer, checkpoint.config.vocab_size, checkpoint.eos_ids)
+        self._vocabulary = Vocabulary(checkpoint.tokenizer.spelled, checkpoint.tokenizer.silent)
         self._created = int(time.time())
 
     def application(self) -> Starlette:
@@ -144,6 +269,7 @@ class Engine:
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            self._delivery.open()
             self._runner.start()
             yield
             await asyncio.to_thread(self._runner.close)
@@ -155,9 +281,10 @@ class Engine:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/healthz", self._healthz),
+                Route("/health", self._healthz),  # where tools made for vLLM look
                 Route("/metrics", self._show_metrics),
             ],
-            exception_handlers={HTTPException: _not_found, RequestError: _refused},
+            exception_handlers={HTTPException: _not_found, RequestError: self._refused},
             lifespan=lifespan,
         )
 
@@ -166,46 +293,88 @@ class Engine:
             try:
                 response = await handler(request)
             except RequestError as error:
-                response = await _refused(request, error)
+                response = await self._refused(request, error)
             except ClientDisconnect:
                 response = Response(status_code=499)
-            self._metrics.requests.labels(endpoint, str(response.status_code)).inc()
+            self._metrics.request(endpoint, response.status_code)
             return response
 
         return counted
 
+    async def _refused(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        headers = {}
+        if isinstance(error, QueueFull):
+            headers["retry-after"] = str(self._pace.retry_after(self._runner.depth()[1]))
+        return _json(error_body(error), error.status, headers)
+
     async def _chat(self, request: Request) -> Response:
         body = await _read(request)
-        return await self._answer(request, await asyncio.to_thread(self._plan_chat, body))
+        return await self._answer(request, await asyncio.to_thread(self._plan_chat, body, request.headers))
 
     async def _completions(self, request: Request) -> Response:
         body = await _read(request)
-        return await self._answer(request, await asyncio.to_thread(self._plan_completion, body))
+        return await self._answer(request, await asyncio.to_thread(self._plan_completion, body, request.headers))
 
-    def _plan_chat(self, body: bytes) -> Plan:
+    def _plan_chat(self, body: bytes, headers: Mapping[str, str]) -> Plan:
         asked = requests.parse_chat(requests.parse_body(body))
         self._check_model(asked.model)
-        tools = asked.tools if asked.tool_choice != "none" else None
-        messages = [message.for_template() for message in asked.messages]
-        prompt = self._checkpoint.tokenizer.encode_chat(messages, tools or None)
-        return self._plan("chat", asked, [prompt], limit=asked.limit, logprobs=asked.alternatives, param="messages")
+        tokenizer = self._checkpoint.tokenizer
+        tools = asked.tools_for_template()
+        if tools and not tokenizer.takes_tools:
+            raise RequestError("tools: this model's chat template takes none.", param="tools", code="no_tools")
+        prompt = tokenizer.encode_chat([message.for_template() for message in asked.messages], tools)
+        found = None
+        if tools and tokenizer.tools is not None:
+            names = frozenset(function.name for function in asked.functions)
+            found = Tools(tokenizer.tools, names, parallel=asked.several_calls)
+        shape = self._shape("chat", asked, logprobs=asked.alternatives, tools=found)
+        params = self._params(asked, [prompt], limit=asked.limit, logprobs=asked.alternatives, param="messages")
+        grammar = self._guidance.wanted(asked)
+        return Plan([prompt], params, shape, bool(asked.stream), tenant(headers, asked.cache_salt), grammar, False)
 
-    def _plan_completion(self, body: bytes) -> Plan:
+    def _plan_completion(self, body: bytes, headers: Mapping[str, str]) -> Plan:
         asked = requests.parse_completion(requests.parse_body(body))
         self._check_model(asked.model)
         prompts = [self._prompt_ids(prompt) for prompt in asked.prompt]
-        return self._plan("completions", asked, prompts, limit=asked.limit, logprobs=asked.logprobs, param="prompt")
+        echoes = None
+        if asked.echo:
+            texts = [self._prompt_text(prompt) for prompt in asked.prompt]
+            pairs = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
+            echoes = [echo for echo in pairs for _ in range(asked.choices)]
+        shape = self._shape("completions", asked, logprobs=asked.logprobs, echoes=echoes)
+        params = self._params(asked, prompts, limit=asked.limit, logprobs=asked.logprobs, param="prompt")
+        scored = bool(asked.echo) and asked.logprobs is not None
+        return Plan(prompts, params, shape, bool(asked.stream), tenant(headers, asked.cache_salt), None, scored)
 
-    def _plan(
+    def _shape(
         self,
         endpoint: Literal["chat", "completions"],
+        asked: requests.Sampled,
+        *,
+        logprobs: int | None,
+        tools: Tools | None = None,
+        echoes: Sequence[Echo] | None = None,
+    ) -> Shape:
+        return Shape(
+            endpoint,
+            self._checkpoint.name,
+            logprobs=logprobs is not None,
+            include_usage=asked.include_usage,
+            vocabulary=self._vocabulary,
+            tools=tools,
+            echoes=echoes,
+        )
+
+    def _params(
+        self,
         asked: requests.Sampled,
         prompts: list[list[int]],
         *,
         limit: int | None,
         logprobs: int | None,
         param: str,
-    ) -> Plan:
+    ) -> list[SamplingParams]:
         longest = max(map(len, prompts))
         if longest >= self._context:
             raise ContextTooLong(
@@ -215,7 +384,7 @@ class Engine:
         if len(prompts) * asked.choices > requests.MAX_SEQUENCES:
             raise RequestError(f"At most {requests.MAX_SEQUENCES} answers (prompts times n) per request.", param="n")
         room = self._context - longest
-        params = [
+        return [
             asked.sampling(
                 self._checkpoint.defaults,
                 max_tokens=room if limit is None else min(limit, room),
@@ -225,14 +394,6 @@ class Engine:
             )
             for choice in range(asked.choices)
         ]
-        shape = Shape(
-            endpoint,
-            self._checkpoint.name,
-            logprobs=logprobs is not None,
-            include_usage=asked.include_usage,
-            token_text=self._checkpoint.tokenizer.token_text,
-        )
-        return Plan(prompts, params, shape, bool(asked.stream))
 
     def _check_model(self, asked: str | None) -> None:
         if asked not in (None, self._checkpoint.name):
@@ -246,77 +407,34 @@ class Engine:
             raise RequestError(f"prompt: token ids are 0 to {self._checkpoint.config.vocab_size - 1}", param="prompt")
         return ids
 
+    def _prompt_text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._checkpoint.tokenizer.decode(prompt)
+
     async def _answer(self, request: Request, plan: Plan) -> Response:
-        generation = Generation(self._runner, plan, self._metrics)
+        generation = Generation(self._runner, plan, self._metrics, self._pace)
+        usage = plan.usage()
         # Before the first byte of the response, so that a full queue is a plain 429 and not a broken stream.
         generation.start()
-        self._metrics.tokens.labels("prompt").inc(plan.prompt_tokens())
         if plan.stream:
-            return GenerationStream(generation, self._stream(generation, plan))
-        return await self._whole(request, generation, plan)
+            return GenerationStream(
+                generation, StreamedAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
+            )
+        return await self._whole(
+            request, generation, WholeAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
+        )
 
-    async def _whole(self, request: Request, generation: Generation, plan: Plan) -> Response:
+    async def _whole(self, request: Request, generation: Generation, answer: WholeAnswer) -> Response:
         """Wait for everything, unless the client goes away."""
-        gone = asyncio.ensure_future(_disconnected(request))
-        collected = asyncio.ensure_future(self._collect(generation, plan))
+        watch = asyncio.ensure_future(_disconnected(request.receive))
+        watch.add_done_callback(lambda _: generation.abandon())
         try:
-            await asyncio.wait((gone, collected), return_when=asyncio.FIRST_COMPLETED)
-            if not collected.done():
-                raise ClientDisconnect
-            return collected.result()
+            for index, event in await generation.events():
+                if (failed := answer.add(index, event)) is not None:
+                    return _json(failure_body(failed), failed.status)
+            return _sent(answer.body())
         finally:
+            watch.cancel()
             generation.cancel()
-            gone.cancel()
-            collected.cancel()
-
-    async def _collect(self, generation: Generation, plan: Plan) -> Response:
-        parts = [Part(index) for index in range(len(generation))]
-        tokens = 0
-        async for index, happened in generation.events():
-            match happened:
-                case Progress(text, choice):
-                    parts[index].text += text
-                    parts[index].choices.append(choice)
-                case Finished(reason, text, drawn):
-                    parts[index].text += text
-                    parts[index].finish_reason = reason
-                    tokens += drawn
-                case Failed(message):
-                    return _json(failure_body(message), 500)
-                case _ as never:
-                    assert_never(never)
-        return _json(plan.shape.whole(parts, usage(plan.prompt_tokens(), tokens)))
-
-    async def _stream(self, generation: Generation, plan: Plan) -> AsyncIterator[bytes]:
-        """Server-sent events."""
-        shape, tokens = plan.shape, 0
-        parts = [Part(index) for index in range(len(generation))]
-        for part in parts:
-            if (opening := shape.opening(part.index)) is not None:
-                yield event(opening)
-        async for index, happened in generation.events():
-            part = parts[index]
-            match happened:
-                case Progress(text, choice):
-                    part.text += text
-                    part.choices.append(choice)
-                    if text:
-                        yield event(shape.delta(part))
-                        parts[index] = part.following()
-                case Finished(reason, text, drawn):
-                    part.text += text
-                    tokens += drawn
-                    if part.text or part.choices:
-                        yield event(shape.delta(part))
-                    yield event(shape.closing(index, reason))
-                case Failed(message):
-                    yield event(failure_body(message), "error")
-                    return
-                case _ as never:
-                    assert_never(never)
-        if (counted := shape.counted(usage(plan.prompt_tokens(), tokens))) is not None:
-            yield event(counted)
-        yield DONE
 
     async def _models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._card()]})
@@ -339,7 +457,7 @@ class Engine:
         return _json({"status": "ok", "model": self._checkpoint.name})
 
     async def _show_metrics(self, _: Request) -> Response:
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _read(request: Request) -> bytes:
@@ -354,28 +472,32 @@ async def _read(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+def tenant(headers: Mapping[str, str], salt: str | None) -> str:
+    """Whose request this is, for fairness and for what may be shared; one client's salts are tenants of their own.
+
+    The gateway says it in `x-hitpath-tenant`; without it, whoever has the same credentials is the same tenant.
+    """
+    name = headers.get("x-hitpath-tenant")
+    if name is None:
+        credentials = headers.get("authorization", "")
+        name = hashlib.sha256(credentials.encode()).hexdigest()[:32] if credentials else ""
+    return name if salt is None else f"{name}\x00{salt}"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _json(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, "application/json")
+    return _sent(orjson.dumps(body), status, headers)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    headers = {"retry-after": "1"} if isinstance(error, QueueFull) else None
-    return _json(error_body(error), error.status, headers)
+def _sent(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status, headers, "application/json")
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = RequestError(f"{request.method} {request.url.path}: {error.detail}", code="unknown_url")
     return _json(error_body(refusal), error.status_code, dict(error.headers or {}))
-
-
-def room(checkpoint: Checkpoint, kv_memory: int) -> int:
-    """Tokens whose keys and values fit `kv_memory` bytes."""
-    config = checkpoint.config
-    return kv_memory // (config.layers * 2 * config.kv_heads * config.head_dim * checkpoint.dtype.itemsize)

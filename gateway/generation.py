@@ -173,7 +173,7 @@ def backend_request(call: Call) -> Ask:
         options = call.body.get("stream_options")
         if options is None or isinstance(options, dict):
             raw = orjson.dumps({**call.body, "stream_options": {**(options or {}), "include_usage": True}})
-    return Ask("POST", call.path, call.query, headers, raw)
+    return Ask("POST", call.path, call.query, headers, raw, call.namespace)
 
 
 _KEPT_BACK = frozenset(

@@ -210,7 +210,7 @@ class Pipeline:
     async def _forward(self, plan: Plan, reason: Bypass, respond: Responder) -> None:
         """Pass a call through, neither read nor stored."""
         call = plan.call
-        ask = Ask("POST", call.path, call.query, call.headers, call.raw)
+        ask = Ask("POST", call.path, call.query, call.headers, call.raw, call.namespace)
         async with self._router.send(plan.pool, ask) as (backend, reply):
             self._metrics.miss(call.endpoint, reason, collapsed=False)
             status = miss_status(reason, reply.status, kept=NotStored.FORBIDDEN)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +44,7 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-_NOT_FORWARDED = frozenset({b"host", b"expect"})
+_NOT_FORWARDED = frozenset({b"host", b"expect", b"x-hitpath-tenant"})
 _KEYS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 """Where a client's key may stand."""
 _COOL_DOWN = 2.0
@@ -63,6 +64,8 @@ class Ask:
     query: str
     headers: Headers
     body: bytes | AsyncIterator[bytes] | None
+    namespace: str = ""
+    """Whose request it is; told to a bundled engine, which shares nothing between two of them."""
 
 
 class Reply:
@@ -170,20 +173,23 @@ class Backend:
         return await self._connections().request(
             ask.method,
             URL(f"{self.url}{ask.path}{query}", encoded=True),
-            headers=self._forwarded(ask.headers),
+            headers=self._forwarded(ask),
             data=_payload(ask.body),
             allow_redirects=False,
         )
 
-    def _forwarded(self, headers: Headers) -> CIMultiDict[str]:
+    def _forwarded(self, ask: Ask) -> CIMultiDict[str]:
         replaced = _NOT_FORWARDED | _KEYS if self.api_key or self.hides_client_key else _NOT_FORWARDED
         forwarded = CIMultiDict(
             (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in _end_to_end(headers)
+            for name, value in _end_to_end(ask.headers)
             if name not in replaced
         )
         if self.api_key is not None:
             forwarded["authorization"] = f"Bearer {self.api_key}"
+        if self.uds is not None and ask.namespace:
+            # A hash: namespaces may hold any characters, and headers may not.
+            forwarded["x-hitpath-tenant"] = blake2b(ask.namespace.encode(), digest_size=16).hexdigest()
         return forwarded
 
     def _connections(self) -> aiohttp.ClientSession:

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.config import parse_config
-from engine.model import Decoder
 from loadtest.data import data_dir
 from loadtest.training.samples import IGNORE, Row, Samples, Specials, read_books
 
@@ -121,9 +120,9 @@ def train_tokenizer(books: str) -> Tokenizer:
     return tokenizer
 
 
-def new_model() -> Decoder:
-    """The decoder with small random weights."""
-    model = Decoder(parse_config(CONFIG))
+def new_model() -> nn.Module:
+    """The decoder with small random weights, as transformers builds it: the engine's own cannot be trained."""
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in CONFIG.items() if "dtype" not in k}))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             # Projections back into the stream start smaller, so that depth does not blow it up.
@@ -154,7 +153,7 @@ def rate(step: int, total: int) -> float:
 
 
 def train(
-    model: Decoder, samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...], *, peak: float
+    model: nn.Module, samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...], *, peak: float
 ) -> None:
     """AdamW with bfloat16 autocast up to learning rate `peak`; prints the running loss."""
     total = sum(phase.steps for phase in phases)
@@ -177,18 +176,18 @@ def train(
             print(f"step {step}/{total} loss {mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
 
 
-def loss_of(model: Decoder, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the targets that are to be learned."""
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = model.logits(model(inputs, positions))
+        scores = model(inputs, use_cache=False).logits
     return functional.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def save(model: Decoder, tokenizer: Tokenizer, out: Path) -> None:
+def save(model: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
     """Write the Hugging Face layout."""
     out.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{name}": tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if name != "lm_head.weight"}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
@@ -233,7 +232,7 @@ def main() -> None:
         train(model, samples, rng, PHASES, peak=2.5e-3)
     else:
         stored = load_file(args.finish / "model.safetensors")
-        model.load_state_dict({name.removeprefix("model."): tensor.float() for name, tensor in stored.items()})
+        model.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, strict=False)
     train(model, samples, rng, FINISH, peak=8e-4)
     save(model, tokenizer, args.out)
     print(f"wrote {args.out}", flush=True)

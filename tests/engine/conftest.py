@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests compute on tiny tensors; a second thread only waits for cores that other tests' processes have."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class Served:
 @contextlib.contextmanager
 def serving(*arguments: str) -> Iterator[Served]:
     """Start `python -m engine`, wait for its ready line, and end it afterwards."""
-    command = [sys.executable, "-m", "engine", "--threads", "2", *arguments]
+    command = [sys.executable, "-m", "engine", "--threads", "1", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -37,5 +44,5 @@ def serving(*arguments: str) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
     """The bundled model behind a port of its own."""
-    with serving("--model", "bundled", "--port", "0", "--max-waiting", "8") as running:
+    with serving("--model", "bundled", "--port", "0", "--max-running", "4", "--max-waiting", "8") as running:
         yield running

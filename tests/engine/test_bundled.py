@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
-from engine.model import ContiguousCache
-from engine.sampling import Sampler, SamplingParams
+from engine.sampling import Drawing, SamplingParams, draw
 from loadtest.data import DataError, data_dir, read_rows
+from tests.engine.stepping import Stepper
 
 LIMIT = 160
 """Tokens after which an answer counts as one that does not end; it was trained on answers of 48 at most."""
@@ -42,19 +42,14 @@ def bundled() -> Checkpoint:
 def answer(checkpoint: Checkpoint, text: str, params: SamplingParams) -> Iterator[int]:
     """Tokens of an answer, the end token not among them."""
     chunk = checkpoint.tokenizer.encode_chat([{"role": "user", "content": text}], None)
-    sampler = Sampler(
-        replace(params, min_tokens=checkpoint.defaults.min_tokens), checkpoint.config.vocab_size, checkpoint.eos_ids
-    )
-    cache = ContiguousCache(checkpoint.config, len(chunk) + LIMIT, dtype=checkpoint.dtype, device=checkpoint.device)
-    start = 0
+    drawing = Drawing(replace(params, min_tokens=checkpoint.defaults.min_tokens), chunk, checkpoint.eos_ids)
+    stepper = Stepper(checkpoint, len(chunk) + LIMIT)
     while True:
-        positions = torch.arange(start, start + len(chunk))[None]
-        hidden = checkpoint.model(torch.tensor([chunk]), positions, cache)
-        token = sampler.draw(checkpoint.model.logits(hidden[0, -1])).token
+        token = draw(stepper(chunk)[-1:], [drawing])[0].token
         if token in checkpoint.eos_ids:
             return
         yield token
-        start, chunk = start + len(chunk), [token]
+        chunk = [token]
 
 
 def length(checkpoint: Checkpoint, text: str, params: SamplingParams) -> int:

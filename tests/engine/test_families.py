@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.checkpoint import load_checkpoint
-from engine.model import ContiguousCache
 from tests.engine import checkpoints
 from tests.engine.checkpoints import edit
+from tests.engine.stepping import Stepper
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -51,37 +51,17 @@ def test_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
     prompt, total = 10, ids.shape[1]
 
-    at_once = loaded.model.logits(loaded.model(ids, torch.arange(total)[None]))
-    assert (at_once - model(ids).logits).abs().max() < 1e-4
+    at_once = Stepper(loaded, total)(ids[0].tolist(), span=total)
+    assert (at_once - model(ids).logits[0]).abs().max() < 1e-4
 
-    # The prompt in two chunks, then token by token; the reference with its own cache, split the same way.
-    cache = ContiguousCache(loaded.config, total, dtype=torch.float32, device=torch.device("cpu"))
-    past, start = None, 0
-    for end in (6, *range(prompt, total + 1)):
-        chunk, positions = ids[:, start:end], torch.arange(start, end)[None]
-        stepped = loaded.model.logits(loaded.model(chunk, positions, cache))
-        expected = model(chunk, past_key_values=past, use_cache=True)
-        past, start = expected.past_key_values, end
-        assert (stepped - expected.logits).abs().max() < 1e-4
-
-
-@torch.inference_mode()
-def test_greedy_tokens_are_those_of_the_reference(tmp_path: Path) -> None:
-    model = checkpoints.write(tmp_path, "qwen3")
-    loaded = load_checkpoint(tmp_path, name="m")
-    prompt = list(b"Call me Ishmael.")
-    expected = model.generate(
-        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=257
-    )
-    cache = ContiguousCache(loaded.config, 64, dtype=torch.float32, device=torch.device("cpu"))
-    chunk, made = prompt, list[int]()
-    for _ in range(40):
-        start = len(prompt) + len(made) - len(chunk)
-        positions = torch.arange(start, start + len(chunk))[None]
-        hidden = loaded.model(torch.tensor([chunk]), positions, cache)
-        made.append(int(loaded.model.logits(hidden[0, -1]).argmax()))
-        chunk = [made[-1]]
-    assert made == expected[0, len(prompt) :].tolist()
+    # The prompt in two chunks, then token by token, after the reference had the prompt in one.
+    stepper = Stepper(loaded, total)
+    chunks = [stepper(ids[0, start:end].tolist(), span=prompt) for start, end in ((0, 6), (6, prompt))]
+    expected = model(ids[:, :prompt], use_cache=True)
+    assert (torch.cat(chunks) - expected.logits[0]).abs().max() < 1e-4
+    for end in range(prompt + 1, total + 1):
+        expected = model(ids[:, end - 1 : end], past_key_values=expected.past_key_values, use_cache=True)
+        assert (stepper(ids[0, end - 1 : end].tolist()) - expected.logits[0]).abs().max() < 1e-4
 
 
 def test_shards_and_the_older_rope_layout_load_alike(tmp_path: Path) -> None:
@@ -96,16 +76,15 @@ def test_shards_and_the_older_rope_layout_load_alike(tmp_path: Path) -> None:
         config["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
 
     edit(old / "config.json", as_before)
-    ids, positions = torch.arange(40)[None], torch.arange(40)[None]
     first, second = (load_checkpoint(d, name="m") for d in (new, old))
     assert first.config == second.config
-    assert torch.equal(first.model(ids, positions), second.model(ids, positions))
+    assert torch.equal(Stepper(first, 40)(list(range(40))), Stepper(second, 40)(list(range(40))))
 
 
 def test_half_precision_stays_close(tmp_path: Path) -> None:
     checkpoints.write(tmp_path)
     exact, half = (load_checkpoint(tmp_path, name="m", dtype=d) for d in ("float32", "bfloat16"))
-    ids, positions = torch.arange(20)[None], torch.arange(20)[None]
-    difference = (exact.model(ids, positions) - half.model(ids, positions).float()).abs().mean()
-    assert half.model.norm.weight.dtype == torch.bfloat16
+    ids = list(range(20))
+    difference = (Stepper(exact, 20)(ids) - Stepper(half, 20)(ids).float()).abs().mean()
+    assert half.model.weights.norm.dtype == torch.bfloat16
     assert difference < 0.1

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from engine.attention.sdpa import SdpaBackend
+from engine.blocks import BlockManager
 from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.errors import QueueFull, ShuttingDown
-from engine.runner import Event, Failed, Finished, Job, Progress, Runner
+from engine.errors import ContextTooLong, QueueFull, ShuttingDown
+from engine.executor import BLOCK_SIZE, Executor, Outcome
+from engine.runner import Event, Failed, Finished, Happened, Job, Progress, Prompted, Runner
 from engine.sampling import SamplingParams
+from engine.scheduler import Chunk, Scheduler
 from tests.engine import checkpoints
 
 
@@ -23,9 +27,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return load_checkpoint(directory, name="tiny")
 
 
+def made(
+    checkpoint: Checkpoint,
+    *,
+    blocks: int = 256,
+    running: int = 2,
+    waiting: int = 2,
+    executor: type[Executor] = Executor,
+) -> Runner:
+    """A runner over the tiny model; events are handed out on its own thread."""
+
+    def deliver(happened: Happened) -> None:
+        for job, event in happened:
+            job.emit(event)
+
+    books = BlockManager(blocks, BLOCK_SIZE, root=b"tiny")
+    scheduler = Scheduler(books, max_running=running, max_waiting=waiting, token_budget=512, patience=30.0)
+    computing = executor(checkpoint, SdpaBackend(), blocks=blocks, context=4096)
+    return Runner(checkpoint, scheduler, computing, threads=1, deliver=deliver)
+
+
 @pytest.fixture
 def runner(checkpoint: Checkpoint) -> Iterator[Runner]:
-    runner = Runner(checkpoint, kv_tokens=4096, max_running=2, max_waiting=2, threads=1)
+    runner = made(checkpoint)
     yield runner
     runner.close()
 
@@ -46,8 +70,9 @@ class Asked:
 
     def answer(self) -> tuple[list[int], Event]:
         tokens = []
-        while isinstance(event := self.events.get(timeout=20), Progress):
-            tokens.append(event.choice.token)
+        while isinstance(event := self.events.get(timeout=20), Prompted | Progress):
+            if isinstance(event, Progress):
+                tokens.append(event.choice.token)
         return tokens, event
 
 
@@ -90,6 +115,8 @@ def runner_text(asked: Asked) -> str:
     text = ""
     while True:
         match asked.events.get(timeout=20):
+            case Prompted():
+                pass
             case Progress(piece, _):
                 text += piece
             case Finished(_, piece, _):
@@ -121,30 +148,101 @@ def test_cancelling_ends_running_and_waiting_jobs(runner: Runner) -> None:
     assert jobs[3].events.empty()
 
 
-def test_memory_bounds_what_runs_at_once(checkpoint: Checkpoint) -> None:
-    runner = Runner(checkpoint, kv_tokens=20, max_running=4, max_waiting=4, threads=1)
+def test_answers_beyond_the_memory_take_turns_and_lose_nothing(checkpoint: Checkpoint) -> None:
+    roomy, tight = made(checkpoint, running=4, waiting=8), made(checkpoint, blocks=6, running=4, waiting=8)
+    answers = []
+    for runner in (roomy, tight):
+        try:
+            runner.start()
+            asked = [Asked(max_tokens=60, seed=seed, temperature=1.0) for seed in range(4)]
+            for one in asked:
+                runner.submit([one.job])
+            answers.append([one.answer() for one in asked])
+        finally:
+            runner.close()
+    assert answers[0] == answers[1]
+
+
+def test_what_can_never_fit_is_refused_at_once(checkpoint: Checkpoint) -> None:
+    runner = made(checkpoint, blocks=2)
+    with pytest.raises(ContextTooLong, match="room for 32"):
+        runner.submit([Asked(max_tokens=60).job])
+    runner.close()
+
+
+class Breaking(Executor):
+    """Cannot compute token 66; has no memory for token 77."""
+
+    def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
+        tokens = {token for chunk in chunks for token in chunk.sequence.prompt}
+        if 77 in tokens:
+            raise MemoryError
+        if 66 in tokens:
+            raise ArithmeticError("broken")
+        return super().run(chunks)
+
+
+def test_one_failing_answer_leaves_the_others_alone(checkpoint: Checkpoint) -> None:
+    runner = made(checkpoint, running=3, waiting=8, executor=Breaking)
+    alone = made(checkpoint)
     try:
+        alone.start()
+        expected = Asked()
+        alone.submit([expected.job])
+        good, bad, starved = Asked(), Asked(), Asked()
+        bad.job.prompt, starved.job.prompt = [1, 66], [1, 77]
+        runner.submit([good.job, bad.job, starved.job])  # not started: all three are in its first step
         runner.start()
-        first, second = Asked(max_tokens=10), Asked(max_tokens=10)
-        first.allow.clear()
-        runner.submit([first.job, second.job])
-        first.allow.set()
-        assert len(first.answer()[0]) == len(second.answer()[0]) == 10
+        assert bad.answer()[1] == Failed("Generation failed: ArithmeticError.")
+        failed = starved.answer()[1]
+        assert isinstance(failed, Failed)
+        assert (failed.status, failed.code) == (503, "out_of_memory")
+        assert good.answer() == expected.answer()
+        assert runner.sheds == 1
+        assert runner.depth() == (0, 0)
     finally:
         runner.close()
+        alone.close()
 
 
-def test_one_failing_answer_leaves_the_others_alone(runner: Runner) -> None:
+def test_the_second_time_a_prompt_is_known(runner: Runner) -> None:
     runner.start()
-    good, bad = Asked(), Asked()
-    bad.job.prompt = [10**6]  # outside the vocabulary: what the server would never let through
-    runner.submit([bad.job, good.job])
-    assert isinstance(bad.answer()[1], Failed)
-    assert len(good.answer()[0]) == 5
+    cached = []
+    for tenant in ("a", "a", "b"):
+        asked = Asked()
+        asked.job.prompt, asked.job.tenant = list(range(40)), tenant
+        runner.submit([asked.job])
+        first = asked.events.get(timeout=20)
+        assert isinstance(first, Prompted)
+        cached.append(first.cached)
+        asked.answer()
+    assert cached == [0, 32, 0]
+
+
+def test_the_log_probabilities_of_a_prompt_are_those_of_drawing_it(runner: Runner) -> None:
+    runner.start()
+    drawn = Asked(logprobs=2, max_tokens=6)
+    runner.submit([drawn.job])
+    choices = []
+    while not isinstance(event := drawn.events.get(timeout=20), Finished):
+        if isinstance(event, Progress):
+            choices.append(event.choice)
+    scored = Asked(logprobs=2, max_tokens=0)
+    scored.job.prompt, scored.job.prompt_logprobs = [1, 2, 3, *(choice.token for choice in choices)], True
+    runner.submit([scored.job])
+    prompted = scored.events.get(timeout=20)
+    assert isinstance(prompted, Prompted)
+    assert prompted.choices[0] is None
+    for one, other in zip(prompted.choices[3:], choices, strict=True):
+        assert one is not None
+        assert one.token == other.token
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token for token, _ in one.alternatives] == [token for token, _ in other.alternatives]
+    assert scored.answer() == ([], Finished("length", "", 0))
 
 
 def test_closing_cancels_and_refuses(checkpoint: Checkpoint) -> None:
-    runner = Runner(checkpoint, kv_tokens=4096, max_running=2, max_waiting=2, threads=1)
+    runner = made(checkpoint)
     runner.start()
     asked = Asked(max_tokens=4000)
     runner.submit([asked.job])
@@ -156,7 +254,7 @@ def test_closing_cancels_and_refuses(checkpoint: Checkpoint) -> None:
 
 
 def test_a_long_prompt_goes_in_chunks_and_gives_the_same_answer(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    runner = Runner(checkpoint, kv_tokens=4096, max_running=1, max_waiting=2, threads=1)
+    runner = made(checkpoint)
     try:
         runner.start()
         long, again = Asked(max_tokens=8), Asked(max_tokens=1)

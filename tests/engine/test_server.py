@@ -180,6 +180,13 @@ async def metrics(served: Served) -> dict[str, float]:
     return {name: float(value) for name, value in (re.split(r" (?=\S+$)", line) for line in lines if line[0] != "#")}
 
 
+async def reach(served: Served, name: str, value: int) -> None:
+    """Return once this figure is so high."""
+    async with asyncio.timeout(30):
+        while (await metrics(served))[name] < value:
+            await asyncio.sleep(0.02)
+
+
 async def idle(served: Served) -> None:
     """Return once nothing runs and nothing waits."""
     async with asyncio.timeout(30):
@@ -208,22 +215,18 @@ async def test_a_client_that_leaves_while_waiting_ends_its_generation(served: Se
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
     with socket.create_connection((address.hostname, address.port)) as raw:
         raw.sendall(head + body)
-        async with asyncio.timeout(30):
-            while (await metrics(served))["hitpath_engine_running"] == 0:
-                await asyncio.sleep(0.02)
+        await reach(served, "hitpath_engine_running", 1)
     await idle(served)
 
 
 async def test_a_full_queue_says_when_to_come_back(served: Served, client: openai.AsyncOpenAI) -> None:
     streams = [await client.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]
-    while (await metrics(served))["hitpath_engine_running"] < 4:
-        await asyncio.sleep(0.02)
+    await reach(served, "hitpath_engine_running", 4)
     streams += [await client.chat.completions.create(**ENDLESS, stream=True) for _ in range(8)]
-    while (await metrics(served))["hitpath_engine_waiting"] < 8:
-        await asyncio.sleep(0.02)
+    await reach(served, "hitpath_engine_waiting", 8)
     with pytest.raises(openai.RateLimitError) as full:
         await client.chat.completions.create(**ENDLESS, stream=True)
-    assert full.value.response.headers["retry-after"] == "1"
+    assert 1 <= int(full.value.response.headers["retry-after"]) <= 60
     for stream in streams:
         await stream.close()
     await idle(served)

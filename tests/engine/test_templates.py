@@ -97,6 +97,7 @@ def test_a_list_of_templates_and_the_separate_file(tmp_path: Path) -> None:
     settings["chat_template"] = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     path.write_text(json.dumps(settings))
     assert load_tokenizer(tmp_path).render([], None) == "d"
+    assert load_tokenizer(tmp_path).render([], TOOLS) == "t"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_tokenizer(tmp_path).render([], None) == "file"
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,22 @@ async def test_a_backend_behind_a_unix_socket(tmp_path: Path) -> None:
     with pytest.raises(NotReadyError, match="engine of upstream engine is being started again"):
         await exchange(gone, ask())
     await gone.close()
+
+
+async def test_only_a_bundled_engine_is_told_whose_request_it_is(tmp_path: Path) -> None:
+    path, spoofed = tmp_path / "engine.sock", [(b"x-hitpath-tenant", b"somebody else")]
+    mine = Ask("POST", "/x", "", spoofed, None, namespace="acme/ünit")
+    async with ScriptedUpstream(default=FINE, uds=path) as engine, ScriptedUpstream(default=FINE) as foreign:
+        local = open_backend(Upstream(name="engine", kind="bundled", model="tiny"), uds=path, hides_client_key=False)
+        other = open_backend(Upstream(name="b", kind="openai", url=foreign.url), uds=None, hides_client_key=False)
+        for backend in (local, other):
+            await exchange(backend, mine)
+            await exchange(backend, replace(mine, namespace="acme"))
+            await backend.close()
+        told = [exchange.headers.get("x-hitpath-tenant") for exchange in engine.exchanges]
+        assert len(set(told)) == 2
+        assert all(name is not None and name.isalnum() for name in told)
+        assert all("x-hitpath-tenant" not in exchange.headers for exchange in foreign.exchanges)
 
 
 # --- time limits and broken backends -------------------------------------------------------------------------------

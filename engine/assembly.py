@@ -1,0 +1,180 @@
+"""The engine put together from its settings: everything that can be wrong is found here, before anything listens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from starlette.applications import Starlette
+
+from engine.attention.choose import choose, choose_ops
+from engine.attention.varlen import Unavailable
+from engine.blocks import BlockManager
+from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
+from engine.cpu import lay_out
+from engine.errors import SettingsError
+from engine.events import EventsError, EventSettings, Publisher
+from engine.executor import BLOCK_SIZE, Executor, block_bytes
+from engine.graphs import CAPTURABLE
+from engine.metrics import EngineMetrics, EngineState
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.server import Delivery, Engine
+from engine.settings import Settings
+
+_KV_MEMORY = 2**30
+"""Bytes for keys and values on a CPU; the pages are only taken from the system when they are first written."""
+_KV_SHARE = 0.85
+"""Share of a GPU's free memory for them; the rest is for what a step computes."""
+_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
+"""Large enough to keep the cores busy, small enough that a prompt's piece does not hold up those who read along."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """An engine ready to serve."""
+
+    application: Starlette
+    checkpoint: Checkpoint
+    context: int
+    blocks: int
+    attention: str
+    threads: int
+    publisher: Publisher | None
+
+    def describe(self) -> str:
+        """The facts of the ready line."""
+        checkpoint = self.checkpoint
+        return (
+            f"model={checkpoint.name} device={checkpoint.device} dtype={str(checkpoint.dtype).removeprefix('torch.')} "
+            f"context={self.context} kv_tokens={self.blocks * BLOCK_SIZE} attention={self.attention} "
+            f"threads={self.threads}"
+        )
+
+    def close(self) -> None:
+        """Stop publishing; the worker has ended with the application."""
+        if self.publisher is not None:
+            self.publisher.close()
+
+
+def assemble(settings: Settings) -> Assembled:
+    """Load, allocate, connect. Raises CheckpointError and SettingsError naming the file, field or flag."""
+    torch.set_num_threads(settings.threads)
+    directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
+    device = _device(settings.device, cuda=torch.cuda.is_available())
+    checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)
+    _speed_up(checkpoint)
+    blocks = _blocks(checkpoint, settings.kv_memory)
+    context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
+    try:
+        backend = choose(
+            checkpoint.config,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+            block_size=BLOCK_SIZE,
+            wanted=settings.attention,
+        )
+        executor = Executor(checkpoint, backend, blocks=blocks, context=context)
+        if checkpoint.device.type == "cuda" and backend.name in CAPTURABLE:
+            executor.capture(settings.max_running)
+        publisher = _publisher(settings)
+    except (Unavailable, EventsError) as error:
+        raise SettingsError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:  # also CUDA's own out of memory
+        raise SettingsError(f"--kv-memory: {blocks * block_bytes(checkpoint)} bytes cannot be had: {error}") from error
+    books = BlockManager(blocks, BLOCK_SIZE, root=_root(checkpoint), sink=None if publisher is None else publisher.put)
+    scheduler = Scheduler(
+        books,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        token_budget=settings.token_budget or max(_TOKEN_BUDGET[checkpoint.device.type], settings.max_running),
+        patience=settings.patience,
+    )
+    application = _application(checkpoint, books, scheduler, executor, publisher, context, settings.threads)
+    if publisher is not None:
+        publisher.start()
+    return Assembled(application, checkpoint, context, blocks, backend.name, settings.threads, publisher)
+
+
+def _application(
+    checkpoint: Checkpoint,
+    books: BlockManager,
+    scheduler: Scheduler,
+    executor: Executor,
+    publisher: Publisher | None,
+    context: int,
+    threads: int,
+) -> Starlette:
+    def state() -> EngineState:
+        running, waiting = runner.depth()
+        return EngineState(
+            running=running,
+            waiting=waiting,
+            preemptions=scheduler.preemptions,
+            free=books.free(),
+            cached=books.cached(),
+            used=books.used(),
+            block_size=books.size,
+            sheds=runner.sheds,
+            check_failures=runner.check_failures,
+            events_published=0 if publisher is None else publisher.published,
+            events_dropped=0 if publisher is None else publisher.dropped,
+        )
+
+    delivery = Delivery()
+    metrics = EngineMetrics(checkpoint.name, state, context=context)
+    runner = Runner(checkpoint, scheduler, executor, threads=threads, deliver=delivery, watch=metrics)
+    return Engine(checkpoint, runner, context=context, delivery=delivery, metrics=metrics).application()
+
+
+def _speed_up(checkpoint: Checkpoint) -> None:
+    """Let the model compute the way its device likes best, where that proves itself."""
+    if checkpoint.device.type == "cuda":
+        checkpoint.model.ops = choose_ops(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device)
+    else:
+        lay_out(checkpoint.model)
+
+
+def _device(asked: str, *, cuda: bool) -> str:
+    if asked == "cuda" and not cuda:
+        raise SettingsError("--device cuda: no CUDA device is usable here")
+    return ("cuda" if cuda else "cpu") if asked == "auto" else asked
+
+
+def _blocks(checkpoint: Checkpoint, kv_memory: int | None) -> int:
+    """Blocks that the budget holds."""
+    each = block_bytes(checkpoint)
+    if kv_memory is None and checkpoint.device.type == "cuda":
+        kv_memory = int(torch.cuda.mem_get_info(checkpoint.device)[0] * _KV_SHARE)
+    budget = _KV_MEMORY if kv_memory is None else kv_memory
+    if budget < each:
+        raise SettingsError(f"--kv-memory: {budget} bytes do not hold one block of this model, which has {each}")
+    return budget // each
+
+
+def _context(checkpoint: Checkpoint, room: int, asked: int | None) -> int:
+    """Most tokens of prompt and answer together: what was asked for, else what model and memory allow."""
+    longest = checkpoint.config.context
+    if asked is None:
+        return min(longest, room)
+    if asked > longest:
+        raise SettingsError(f"--context: {asked} tokens are more than the model's {longest}")
+    if asked > room:
+        needed = -(-asked // BLOCK_SIZE) * block_bytes(checkpoint)
+        raise SettingsError(f"--context: {asked} tokens need --kv-memory of {needed} bytes or more; {room} fit")
+    if asked < 2:
+        raise SettingsError("--context: a prompt and an answer need two tokens at least")
+    return asked
+
+
+def _publisher(settings: Settings) -> Publisher | None:
+    if settings.kv_events is None:
+        return None
+    return Publisher(EventSettings(settings.kv_events, settings.kv_events_replay, settings.kv_events_topic))
+
+
+def _root(checkpoint: Checkpoint) -> bytes:
+    """What keys and values depend on besides tokens and tenant."""
+    return hashlib.blake2b(f"{checkpoint.fingerprint}|{checkpoint.dtype}".encode(), digest_size=16).digest()

@@ -1,0 +1,192 @@
+"""Which attention backend serves: the fastest that gives, here and for this model, what the plain one gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBackend, LayerPool, Packed, varlen
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import Unavailable
+from engine.config import ModelConfig
+from engine.ops import Ops, PlainOps
+
+log = logging.getLogger("hitpath.engine")
+
+Attention = Literal["auto", "sdpa", "triton", "varlen"]
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative error, ‖seen - expected‖ / ‖expected‖."""
+
+
+def choose(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device, block_size: int, wanted: Attention = "auto"
+) -> AttentionBackend:
+    """The backend that was asked for, or with `auto` the first of varlen, triton and sdpa that proves itself.
+
+    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is sdpa.
+    Raises Unavailable where the one asked for by name cannot serve.
+    """
+    if wanted == "auto" and device.type != "cuda":
+        return SdpaBackend()
+    candidates: tuple[Attention, ...] = ("varlen", "triton") if wanted == "auto" else (wanted,)
+    for name in candidates:
+        try:
+            backend = _make(name, config, dtype, device)
+            if name != "sdpa":
+                prove(backend, config, dtype=dtype, device=device, block_size=block_size)
+        except Unavailable as error:
+            if wanted != "auto":
+                raise Unavailable(f"attention backend {name!r} cannot be used: {error}") from error
+            log.info("attention backend %s is not used: %s", name, error)
+        else:
+            return backend
+    log.warning("attention runs on the plain backend, which is slow on %s; the lines before say why", device)
+    return SdpaBackend()
+
+
+def choose_ops(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The fused small steps on CUDA, if triton is there and they agree with the plain ones; else the plain ones."""
+    if device.type != "cuda":
+        return PlainOps()
+    try:
+        from engine.fused import FusedOps
+
+        prove_ops(FusedOps(), config, dtype=dtype, device=device)
+    except (ImportError, Unavailable) as error:
+        log.warning("small steps are not fused, which slows decoding: %s", error)
+        return PlainOps()
+    return FusedOps()
+
+
+def prove_ops(ops: Ops, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare with the plain steps on random tensors of the model's shape. Raises Unavailable where they differ."""
+    expected = _small_steps(PlainOps(), config, dtype, device)
+    try:
+        seen = _small_steps(ops, config, dtype, device)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(seen, expected, strict=True)]
+    except Exception as failure:
+        raise Unavailable(f"{type(failure).__name__}: {failure}") from failure
+    if not all(error < _TOLERANCE[dtype] for error in errors):
+        raise Unavailable(f"fused steps differ from the plain ones by {', '.join(f'{e:.2g}' for e in errors)}")
+
+
+def _small_steps(ops: Ops, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Everything that the steps return and write, in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    hidden, dim, kv_heads, eps = config.hidden_size, config.head_dim, config.kv_heads, config.norm_eps
+    x, delta, weight = random(3, hidden), random(3, hidden), random(hidden)
+    mixed = random(3, config.heads + 2 * kv_heads, dim)
+    cos, half = random(3, 1, dim // 2), random(3, 1, dim // 2)
+    turn = (torch.cat((cos, cos), dim=-1), torch.cat((-half, half), dim=-1))
+    norms = (random(dim), random(dim)) if config.qk_norm else None
+    memory = LayerPool(*(torch.zeros(2, 4, kv_heads, dim, dtype=dtype, device=device) for _ in range(2)))
+    slots = torch.tensor([1, 6, 2], device=device)
+    both = random(3, 2 * config.intermediate_size)
+    results = [
+        ops.add_norm(x, None, weight, eps)[1],
+        *ops.add_norm(x, delta, weight, eps),
+        *ops.turn_write(mixed, turn, norms, eps, memory, slots),
+        memory.keys,
+        memory.values,
+        ops.gate(both),
+    ]
+    return [result.float() for result in results]
+
+
+def prove(
+    backend: AttentionBackend, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> None:
+    """Compare with the plain twin on random steps of the model's shape. Raises Unavailable where they differ."""
+    for packed, pool, queries, fresh in _trials(config, dtype, device, block_size):
+        for window in dict.fromkeys(config.windows):
+            plain = SdpaBackend()
+            expected = plain.attend(queries, pool, plain.plan(packed, window, block_size), fresh).float()
+            # Whatever a kernel, its compiler or its driver raises, there is another backend.
+            try:
+                seen = backend.attend(queries, pool, backend.plan(packed, window, block_size), fresh).float()
+                error = float((seen - expected).norm() / expected.norm())
+            except Exception as failure:
+                raise Unavailable(f"{type(failure).__name__}: {failure}") from failure
+            if not error < _TOLERANCE[dtype]:
+                mix = f"{len(packed.counts)} sequences, up to {max(packed.totals)} tokens, window {window}"
+                raise Unavailable(f"it differs from the plain backend by {error:.2g} ({mix})")
+
+
+def _make(name: Attention, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    match name:
+        case "sdpa" | "auto":
+            return SdpaBackend()
+        case "varlen":
+            return varlen.find(dtype=dtype, device=device)
+        case "triton":
+            return _triton()(
+                heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
+            )
+        case _ as never:
+            assert_never(never)
+
+
+def _triton() -> Callable[..., AttentionBackend]:
+    try:
+        from engine.attention.triton import TritonBackend
+    except ImportError as error:
+        raise Unavailable(f"triton is not installed: {error}") from error
+    return TritonBackend
+
+
+_Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
+
+
+def _trials(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> Iterator[_Trial]:
+    """Steps that reach every kernel: prompts beside decodes, one long decode, and very many short ones."""
+    for mix in (
+        [(0, 70), (2 * block_size, 1), (block_size + 1, 33)],
+        [(1500, 1)],
+        [(block_size, 1)] * 300,
+    ):
+        yield _trial(mix, config, dtype, device, block_size)
+
+
+def _trial(
+    mix: list[tuple[int, int]], config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int
+) -> _Trial:
+    """Sequences of (tokens in the pool, new tokens), over a pool of random numbers with their blocks in disorder."""
+    generator = torch.Generator().manual_seed(0)
+    counts = tuple(count for _, count in mix)
+    totals = tuple(before + count for before, count in mix)
+    width = -(-max(totals) // block_size)
+    tables = torch.randperm(len(mix) * width, generator=generator).view(len(mix), width)
+    positions = torch.cat([torch.arange(total - count, total) for count, total in zip(counts, totals, strict=True)])
+    owners = torch.repeat_interleave(torch.arange(len(mix)), torch.tensor(counts))
+    slots = tables[owners, positions // block_size] * block_size + positions % block_size
+    ends = list(accumulate(counts))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    pool_shape = (len(mix) * width, block_size, config.kv_heads, config.head_dim)
+    pool = LayerPool(random(*pool_shape), random(*pool_shape))
+    turned = random(len(positions), config.heads + config.kv_heads, config.head_dim)
+    fresh = (turned[:, config.heads :], random(len(positions), config.kv_heads, config.head_dim))
+    pool.write(slots.to(device), *fresh)
+    packed = Packed(
+        ids=torch.zeros_like(positions).to(device),
+        positions=positions.to(device),
+        slots=slots.to(device),
+        tables=tables.to(device, torch.int32),
+        starts=torch.tensor([0, *ends], dtype=torch.int32, device=device),
+        lengths=torch.tensor(totals, dtype=torch.int32, device=device),
+        counts=counts,
+        totals=totals,
+        drawing=torch.tensor([end - 1 for end in ends], device=device),
+    )
+    return packed, pool, turned[:, : config.heads], fresh

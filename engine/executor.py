@@ -1,0 +1,165 @@
+"""Runs a scheduler's step on the model: packs its tokens, computes them, returns the scores that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBackend, KvPool, Packed
+from engine.checkpoint import Checkpoint
+from engine.graphs import DecodeGraphs, Record
+from engine.scheduler import Chunk
+from engine.sequence import Sequence as Row
+
+BLOCK_SIZE = 16
+"""Tokens of a block: fine enough that little of a shared prefix is lost, coarse enough for the kernels."""
+
+
+def block_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of keys and values of one block over all layers."""
+    config = checkpoint.config
+    per_token = 2 * config.layers * config.kv_heads * config.head_dim * checkpoint.dtype.itemsize
+    return BLOCK_SIZE * per_token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a step computed."""
+
+    scores: Tensor
+    """[R, V], for the chunks that draw, in their order."""
+    prompt: Tensor
+    """Hidden states [T, E] of all tokens of the chunks whose prompt is scored, in their order."""
+
+
+class Executor:
+    """The model, its pool, and for every running sequence a row of block numbers."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: AttentionBackend, *, blocks: int, context: int) -> None:
+        """Allocates the pool. Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had."""
+        config = checkpoint.config
+        self._checkpoint, self._model, self._backend = checkpoint, checkpoint.model, backend
+        # One block is nobody's: captured steps let their padding write there.
+        self._pool = KvPool(
+            layers=config.layers,
+            blocks=blocks + 1,
+            block_size=BLOCK_SIZE,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+        )
+        self._scratch, self._context = blocks, context
+        self._graphs: DecodeGraphs | None = None
+        self._width = -(-context // BLOCK_SIZE)
+        self._tables = np.zeros((16, self._width), dtype=np.int32)
+        self._rows: dict[Row, int] = {}
+        self._free = list(range(16))
+
+    def capture(self, most: int, record: Record | None = None) -> None:
+        """From now on decode up to `most` sequences through CUDA graphs, or whatever `record` makes.
+
+        Raises ValueError for a backend that cannot be captured, torch.OutOfMemoryError where memory is short.
+        """
+        self._graphs = DecodeGraphs(
+            self._model,
+            self._pool,
+            self._backend,
+            context=self._context,
+            most=most,
+            scratch=self._scratch,
+            record=record,
+        )
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), in order."""
+        self._pool.copy_blocks(pairs)
+
+    def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
+        """Compute every chunk and return the scores."""
+        packed, drawn = self._packed(chunks)
+        if self._graphs is not None and drawn == len(chunks) and self._graphs.fits(packed):
+            scores = self._graphs.scores(packed)
+            return Outcome(scores, scores[:0])
+        hidden = self._model.forward(packed, self._pool, self._backend)
+        return Outcome(self._model.logits(hidden[:drawn]), hidden[drawn:])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [T, V] of hidden states [T, E]."""
+        return self._model.logits(hidden)
+
+    def forget(self, sequence: Row) -> None:
+        """The sequence is finished or was set back."""
+        if (row := self._rows.pop(sequence, None)) is not None:
+            self._free.append(row)
+
+    def _packed(self, chunks: tuple[Chunk, ...]) -> tuple[Packed, int]:
+        """The step as tensors, and how many chunks draw."""
+        counts = tuple(chunk.count for chunk in chunks)
+        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
+        rows = np.fromiter((self._row(chunk) for chunk in chunks), np.int64, len(chunks))
+        ends = np.cumsum(counts)
+        repeats = np.asarray(counts)
+        positions = np.arange(ends[-1]) + np.repeat(starts - ends + repeats, repeats)
+        blocks = self._tables[np.repeat(rows, repeats), positions // BLOCK_SIZE].astype(np.int64)
+        ids = np.fromiter(
+            (token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]),
+            np.int64,
+            ends[-1],
+        )
+        totals = tuple((starts + repeats).tolist())
+        wanted, drawn = _wanted(chunks, ends)
+        device = self._checkpoint.device
+
+        def on_device(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        packed = Packed(
+            ids=on_device(ids),
+            positions=on_device(positions),
+            slots=on_device(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
+            tables=on_device(self._tables[rows, : -(-max(totals) // BLOCK_SIZE)]),
+            starts=on_device(np.concatenate(([0], ends)).astype(np.int32)),
+            lengths=on_device(np.asarray(totals, dtype=np.int32)),
+            counts=counts,
+            totals=totals,
+            drawing=on_device(wanted),
+            spans=on_device(_spans(chunks, positions, repeats)) if self._model.rope.stretches else None,
+        )
+        return packed, drawn
+
+    def _row(self, chunk: Chunk) -> int:
+        """The row of the sequence, brought up to date from the first block that this chunk writes."""
+        sequence = chunk.sequence
+        row = self._rows.get(sequence)
+        first = chunk.start // BLOCK_SIZE
+        if row is None:
+            if not self._free:
+                self._free = list(range(len(self._tables), 2 * len(self._tables)))
+                self._tables = np.concatenate((self._tables, np.zeros_like(self._tables)))
+            row = self._rows[sequence] = self._free.pop()
+            first = 0
+        table = sequence.table
+        # Blocks before the first written one cannot have changed while the sequence runs.
+        self._tables[row, first : len(table)] = table[first:]
+        return row
+
+
+def _wanted(chunks: tuple[Chunk, ...], ends: Any) -> tuple[Any, int]:
+    """Rows whose scores are wanted, int64: the last of every chunk that draws, then all of those that are scored."""
+    last = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.draws]
+    scored = [
+        np.arange(end - chunk.count, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.sequence.fresh
+    ]
+    return np.concatenate((np.asarray(last, dtype=np.int64), *scored)), len(last)
+
+
+def _spans(chunks: tuple[Chunk, ...], positions: Any, repeats: Any) -> Any:
+    """Length of the text in which each token is computed: the prompt's, and for drawn tokens up to themselves."""
+    prompts = np.fromiter((len(chunk.sequence.prompt) for chunk in chunks), np.int64, len(chunks))
+    return np.maximum(np.repeat(prompts, repeats), positions + 1)

@@ -1,0 +1,131 @@
+"""The engine's command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+Attention = Literal["auto", "sdpa", "triton", "varlen"]
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The command line, checked."""
+
+    model: str
+    served_name: str
+    host: str
+    port: int
+    uds: str | None
+    device: str
+    dtype: str
+    kv_memory: int | None
+    """Bytes; None leaves it to the device."""
+    context: int | None
+    """Tokens; None takes what model and memory allow."""
+    attention: Attention
+    threads: int
+    max_running: int
+    max_waiting: int
+    token_budget: int | None
+    """Tokens computed in one step; None leaves it to the device."""
+    patience: int
+    """Seconds after which a waiting answer is overtaken no more."""
+    kv_events: str | None
+    kv_events_replay: str | None
+    kv_events_topic: str
+    grace: int
+    parent_pid: int | None
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """Read the command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(prog="hitpath engine", description="The bundled OpenAI-compatible engine.")
+    parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
+    parser.add_argument("--served-name", help="model name clients use (default: the directory's name)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--port", type=_port, default=8081, help="0 takes a free one (default: 8081)")
+    where.add_argument("--uds", help="path of a UNIX socket to listen on instead")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--kv-memory", type=size, help="bytes for keys and values (default: 1GiB; most of a GPU)")
+    parser.add_argument("--context", type=_positive, help="most tokens of prompt and answer together")
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto", help="kernels (default: auto)")
+    parser.add_argument("--threads", type=_positive, default=None, help="default: the cores this process may use")
+    parser.add_argument("--max-running", type=_positive, default=64, help="answers computed together (default: 64)")
+    parser.add_argument("--max-waiting", type=_positive, default=256, help="answers that may wait (default: 256)")
+    parser.add_argument(
+        "--token-budget", type=_positive, help="tokens computed in one step (default: 512; 8192 on a GPU)"
+    )
+    parser.add_argument(
+        "--patience", type=_positive, default=30, help="seconds after which a waiting answer is overtaken no more"
+    )
+    parser.add_argument("--kv-events", metavar="ENDPOINT", help="publish KV events there, e.g. tcp://*:5557")
+    parser.add_argument("--kv-events-replay", metavar="ENDPOINT", help="answer requests for missed KV events there")
+    parser.add_argument("--kv-events-topic", default="", help="topic of the KV events (default: empty)")
+    parser.add_argument("--grace", type=_positive, default=10, help="seconds to finish answers when stopped")
+    parser.add_argument("--parent-pid", type=_positive, help="stop when this process is gone")
+    args = parser.parse_args(arguments)
+    if args.token_budget is not None and args.token_budget < args.max_running:
+        parser.error(f"--token-budget {args.token_budget} is less than --max-running {args.max_running}")
+    if args.kv_events is None and (args.kv_events_replay or args.kv_events_topic):
+        parser.error("--kv-events-replay and --kv-events-topic need --kv-events")
+    return Settings(
+        model=args.model,
+        served_name=args.served_name or Path(args.model).resolve().name,
+        host=args.host,
+        port=args.port,
+        uds=args.uds,
+        device=args.device,
+        dtype=args.dtype,
+        kv_memory=args.kv_memory,
+        context=args.context,
+        attention=args.attention,
+        threads=args.threads or usable_cores(),
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        token_budget=args.token_budget,
+        patience=args.patience,
+        kv_events=args.kv_events,
+        kv_events_replay=args.kv_events_replay,
+        kv_events_topic=args.kv_events_topic,
+        grace=args.grace,
+        parent_pid=args.parent_pid,
+    )
+
+
+def size(text: str) -> int:
+    """Bytes of `512MiB`, `2GB` or a bare number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512MiB, 2GB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def usable_cores() -> int:
+    """Cores that affinity and the container's CPU limit leave to this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no limit
+    return cores
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -1,0 +1,164 @@
+"""One contract for every attention backend that can run here, against the plain formula in float64.
+
+On a machine with a GPU the same tests run there, compiled; elsewhere Triton's kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from engine.attention import AttentionBackend
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend
+from tests.engine.paged import Layout, Sample, Shape, expected, sample
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def sdpa(shape: Shape) -> AttentionBackend:
+    return SdpaBackend()
+
+
+def triton(shape: Shape) -> AttentionBackend:
+    module = pytest.importorskip("engine.attention.triton", reason="triton is not installed", exc_type=ImportError)
+    backend = module.TritonBackend(
+        heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.dim, dtype=shape.dtype, device=DEVICE
+    )
+    return cast(AttentionBackend, backend)
+
+
+def varlen(shape: Shape) -> AttentionBackend:
+    return VarlenBackend(documented_varlen)
+
+
+def documented_varlen(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: None,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+) -> Tensor:
+    """What torch documents of its `varlen_attn` with block tables: the newest keys belong to the newest queries."""
+    assert enable_gqa
+    assert window_size[1] == 0
+    out = torch.empty_like(queries)
+    for index, total in enumerate(seqused_k.tolist()):
+        rows = slice(int(cu_seq_q[index]), int(cu_seq_q[index + 1]))
+        count = rows.stop - rows.start
+        assert count <= max_q
+        assert total <= max_k
+        at = torch.arange(total, device=queries.device)
+        distance = at[total - count :, None] - at[None]
+        mask = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        own = [part[block_table[index].long()].flatten(0, 1)[:total] for part in (keys, values)]
+        q, k, v = (part.transpose(0, 1)[None] for part in (queries[rows], *own))
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        out[rows] = seen[0].transpose(0, 1)
+    return out
+
+
+BACKENDS = [sdpa, varlen, triton]
+Make = Callable[[Shape], AttentionBackend]
+
+
+def agrees(make: Make, shape: Shape, step: Sample) -> None:
+    backend = make(shape)
+    plan = backend.plan(step.packed, shape.window, shape.block_size)
+    seen = backend.attend(step.queries, step.pool, plan, step.fresh)
+    assert seen.shape == step.queries.shape
+    assert seen.is_contiguous()
+    torch.testing.assert_close(seen.double(), expected(shape, step), rtol=0, atol=TOLERANCE[shape.dtype])
+
+
+def runs(make: Make, dtype: torch.dtype) -> bool:
+    """Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
+    return not (make is triton and DEVICE == "cpu" and dtype is torch.bfloat16)
+
+
+counts = st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integers(1, 20)))
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    mix=st.lists(counts, min_size=1, max_size=5),
+    layout=st.sampled_from(["adjacent", "scattered", "shared"]),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 4, 7]),
+    dim=st.sampled_from([16, 64, 96, 128]),
+    block_size=st.sampled_from([4, 8, 16, 32]),
+    window=st.sampled_from([None, 1, 5, 33]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_any_mix(
+    make: Make,
+    mix: list[tuple[int, int]],
+    layout: Layout,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    if not runs(make, dtype):
+        dtype = torch.float16
+    shape = Shape(kv_heads, group, dim, block_size, window, dtype)
+    agrees(make, shape, sample(shape, mix, layout=layout, seed=seed, device=DEVICE))
+
+
+@pytest.mark.parametrize("make", BACKENDS)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        [(0, 150), (37, 90)],  # several tiles of rows, with and without keys from before
+        [(260, 1), (0, 1), (64, 1), (63, 1)],  # decoding only, long enough for splits
+        [(200, 1)] * 20,  # so many that nothing is split
+        [(250, 1), (0, 70), (130, 1), (3, 40)],  # both
+    ],
+)
+def test_across_tiles(make: Make, mix: list[tuple[int, int]], window: int | None) -> None:
+    shape = Shape(kv_heads=1, group=4, dim=64, block_size=16, window=window)
+    agrees(make, shape, sample(shape, mix, layout="shared", device=DEVICE))
+
+
+def test_every_key_position_between_tiles() -> None:
+    """Lengths around the borders of the kernels' tiles of keys, as one decode and as one prompt each."""
+    shape = Shape(kv_heads=1, group=1, dim=16, block_size=8, dtype=torch.float16)
+    edges = [63, 64, 65, 127, 128, 129]
+    agrees(triton, shape, sample(shape, [(edge - 1, 1) for edge in edges], device=DEVICE))
+    agrees(triton, shape, sample(shape, [(edge - 2, 2) for edge in edges], device=DEVICE))
+
+
+def test_splits_fill_the_processors_and_bound_every_stretch() -> None:
+    splits_for = pytest.importorskip(
+        "engine.attention.triton", reason="triton is not installed", exc_type=ImportError
+    ).splits_for
+    assert splits_for(1, 8, 8192, 132) == 33
+    assert splits_for(64, 8, 1000, 132) == 1
+    assert splits_for(64, 8, 131_072, 132) == 8
+    assert splits_for(1, 1, 5, 132) == 1
+    assert splits_for(1, 1, 1_000_000, 132) == 64
