@@ -257,6 +257,10 @@ class Sightings:
             self._since = 0
         return min(255, least + 1)
 
+    def seen(self, key: bytes) -> int:
+        """How often a 16-byte digest was missed, about."""
+        return min(int(self._counts[row, place]) for row, place in enumerate(self._places(key)))
+
     def _places(self, key: bytes) -> list[int]:
         if len(key) != 4 * _ROWS:
             raise ValueError(f"a key has {4 * _ROWS} bytes, not {len(key)}")
