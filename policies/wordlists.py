@@ -31,7 +31,8 @@ appreciate depreciate | appreciation depreciation | vested unvested | qualified 
 ordinary qualified | refinance originate | prepay defer | nominal real | hypertension hypotension
 hyperthyroidism hypothyroidism | hyperglycemia hypoglycemia | hyperkalemia hypokalemia | benign malignant
 acute chronic | positive negative | systolic diastolic | viral bacterial | oral topical | dominant recessive
-male female | men women | man woman | boy girl | boys girls | guy girl | guys girls | fully partially | partly wholly | husband wife | father mother | son daughter
+male female | men women | man woman | boy girl | boys girls | guy girl | guys girls
+fully partially | partly wholly | husband wife | father mother | son daughter
 brother sister | uncle aunt | pre post | prenatal postnatal | adult child | adults children | win lose
 winning losing | won lost | pass fail | passed failed | success failure | succeed fail | love hate
 like dislike | like hate | good bad | best worst | better worse | advantage disadvantage
