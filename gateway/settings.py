@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +28,10 @@ from gateway.memory import default_budget
 from policies import units
 from policies.category import PAIR_THRESHOLD, CategoryPolicy, CategoryTable, Rule
 from policies.controls import Mode
+from policies.examples import ExampleRules
+from policies.freshness import FreshnessRules
+from policies.personal import Handling
+from policies.sharing import SharingRules
 
 _GIB = 2**30
 _ROUNDING = 1e-9
@@ -55,11 +60,21 @@ def _yaml_off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _pace(value: object) -> float:
+    """`fast` is no pace at all."""
+    return 0.0 if value == "fast" else units.rate(value)
+
+
+def _pace_text(pace: float) -> str:
+    return f"{Decimal(str(pace)):f}/s" if pace else "fast"
+
+
 CacheMode = Annotated[Mode, BeforeValidator(_yaml_off)]
 Size = Annotated[int, _unit(units.size)]
 Duration = Annotated[float, _unit(units.duration)]
 Share = Annotated[float, _unit(units.share)]
 Rate = Annotated[float, _unit(units.rate), PlainSerializer(lambda rate: f"{Decimal(str(rate)):f}/s")]
+Pace = Annotated[float, _unit(_pace), PlainSerializer(_pace_text)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
 
@@ -167,6 +182,29 @@ class Quota(_Group):
         return self
 
 
+class Freshness(_Group):
+    """The longest TTL of answers to questions about relative times; 0s keeps them out of the cache."""
+
+    year: Duration = 7 * 86400.0
+    week: Duration = 6 * 3600.0
+    day: Duration = 900.0
+    now: Duration = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.year >= self.week >= self.day >= self.now:
+            raise ValueError("what changes sooner cannot live longer: year >= week >= day >= now must hold")
+        return self
+
+
+class Example(_Group):
+    """A near answer as an example for a cheaper model."""
+
+    model: str
+    similarity: Probability = 0.6
+    """Cosine from which an answer that may not be served may be an example."""
+
+
 class CategoryRules(_Group):
     """One category's own rules; what is left out comes from cache.default and the built-in caution."""
 
@@ -176,13 +214,45 @@ class CategoryRules(_Group):
     quota: Quota | None = None
     error_budget: Probability | None = None
     max_relax: Probability | None = None
+    ttl_jitter: Annotated[Share, Field(lt=1.0)] | None = None
+    freshness: Freshness | None = None
+    stale_while_revalidate: Duration | None = None
+    stale_if_error: Duration | None = None
+    admit_after: Annotated[int, Field(ge=1, le=255)] | None = None
+    replay_pace: Pace | None = None
+    personal: Literal["private", "never"] | None = None
+    example: Example | None = None
 
     def overrides(self) -> dict[str, Any]:
         """Return what is set, under the names that CategoryPolicy uses."""
-        given = {name: value for name, value in self if name != "quota" and value is not None}
+        given = {name: value for name, value in self if name not in _GROUPED and value is not None}
         if self.quota is not None:
             given |= {"quota_min": self.quota.min, "quota_max": self.quota.max}
+        if self.freshness is not None:
+            given["freshness"] = FreshnessRules(**self.freshness.model_dump())
+        if self.personal is not None:
+            given["personal"] = Handling(self.personal)
+        if self.example is not None:
+            given["example"] = ExampleRules(**self.example.model_dump())
         return given
+
+
+_GROUPED = frozenset({"quota", "freshness", "personal", "example"})
+"""Rules that CategoryPolicy has in another form."""
+
+
+class Sharing(_Group):
+    """When an answer may be shared between tenants; for cache.shared."""
+
+    tenants: Annotated[int, Field(ge=1, le=16)] = 3
+    """Independent tenants whose answers to the same question must agree; 1 shares at once."""
+    window: Duration = 7 * 86400.0
+    questions: Annotated[int, Field(ge=1, le=2**20)] = 4096
+    """Questions that are remembered while they wait for the others."""
+
+    def rules(self) -> SharingRules:
+        """Return the rules; one tenant alone may hold an eighth of what waits."""
+        return SharingRules(self.tenants, self.window, self.questions, max(1, self.questions // 8))
 
 
 class When(_Group):
@@ -218,6 +288,7 @@ class Cache(_Group):
     stale_grace: Duration = 3600.0
     """How long an expired answer is kept for callers that accept it when the backend fails."""
     shared: bool = False
+    sharing: Sharing = Sharing()
     log: SqliteLog = SqliteLog()
     embedder: Annotated[LocalEmbedder | OpenaiEmbedder | NoEmbedder, Field(discriminator="kind")] = LocalEmbedder(
         kind="local"
@@ -232,6 +303,15 @@ class Cache(_Group):
         reserved = sum(policy.quota_min for policy in self.table().policies.values())
         if reserved > 1 + _ROUNDING:
             raise _KeyFault("categories", f"the quotas' min shares add up to {reserved:.0%}, more than the whole")
+        return self
+
+    @model_validator(mode="after")
+    def _stale_answers_are_still_there(self) -> Self:
+        for name, rules in {"default": self.default, **self.categories}.items():
+            for key in ("stale_while_revalidate", "stale_if_error"):
+                if (getattr(rules, key) or 0.0) > self.stale_grace:
+                    where = "default" if rules is self.default else f"categories.{name}"
+                    raise _KeyFault(f"{where}.{key}", f"is longer than cache.stale_grace, {self.stale_grace:g}s")
         return self
 
     @model_validator(mode="after")
@@ -298,6 +378,14 @@ class Settings(_Group):
                 "quota": {"min": policy.quota_min, "max": policy.quota_max},
                 "error_budget": policy.error_budget,
                 "max_relax": policy.max_relax,
+                "ttl_jitter": policy.ttl_jitter,
+                "freshness": asdict(policy.freshness),
+                "stale_while_revalidate": policy.stale_while_revalidate,
+                "stale_if_error": policy.stale_if_error,
+                "admit_after": policy.admit_after,
+                "replay_pace": _pace_text(policy.replay_pace),
+                "personal": str(policy.personal),
+                **({} if policy.example is None else {"example": asdict(policy.example)}),
             }
             for name, policy in self.cache.table().policies.items()
         }

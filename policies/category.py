@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.controls import Controls, Mode
+from policies.examples import ExampleRules
+from policies.freshness import FreshnessRules
+from policies.personal import Handling
 
 FALLBACK = "general"
 
@@ -33,6 +36,21 @@ class CategoryPolicy:
     """Accepted probability of a wrong answer among semantic hits."""
     max_relax: float = 0.0
     """How far the threshold may fall under load."""
+    ttl_jitter: float = 0.05
+    """Share by which a TTL may be shortened at random, so that what came together does not expire together."""
+    freshness: FreshnessRules = FreshnessRules()
+    stale_while_revalidate: float = 0.0
+    """Seconds after its expiry in which an answer is served at once while it is fetched anew."""
+    stale_if_error: float = 0.0
+    """Seconds after its expiry in which an answer is served if the backend fails."""
+    admit_after: int = 1
+    """Misses after which an answer is kept; 1 keeps the first."""
+    replay_pace: float = 0.0
+    """Tokens per second at which a stored answer is replayed as a stream; 0: as fast as the client reads."""
+    personal: Handling = Handling.PRIVATE
+    """What becomes of answers in which personal data is found."""
+    example: ExampleRules | None = None
+    """Whether a near answer may serve as an example to a cheaper model; None: never."""
 
     def under(self, controls: Controls) -> CategoryPolicy:
         """Return the rules for one call: a client may be stricter than the operator, never laxer."""

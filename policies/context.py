@@ -58,7 +58,7 @@ def leaning(text: str, *, first: bool, rules: ContextRules = ContextRules()) -> 
         return Leaning.CONTINUATION
     if _fragment(words, first):
         return Leaning.ELLIPSIS
-    if _POINTER.search(" ".join(words[:60])) or _dangling(text, words):
+    if _points_back(words) or _dangling(words, first):
         return Leaning.REFERENCE
     return None
 
@@ -147,6 +147,11 @@ _BORROWING = re.compile(
     r"|(?:for|in|with|without|using|from|to|at|on) (?:\w+ ){0,3}\w+$"
 )
 _LONGEST_FRAGMENT = 8
+_LONGEST_POINTING = 16
+"""Words up to which "the second one" or "your answer" is taken to mean something outside the text."""
+_LONGEST_DANGLING = {True: 8, False: 14}
+"""Words up to which a pronoun may lack what it stands for, by whether the turn is the first: longer texts bring it with
+them, and a first turn has nothing else to lean on."""
 _CJK_BORROWING = re.compile(r"(?:那么?|那|还有|では|じゃあ|それで|그럼|그리고)")
 
 
@@ -183,38 +188,43 @@ _EMPTY = _words(
     "may might must has have had i you we me us to of in on at by for with from about as if or and but so not it "
     "there here than then that this"
 )
-_ENOUGH = 3
-"""Words of substance before a pronoun from which on it is taken to refer to one of them."""
+_THIN = _words(
+    "old tall big long far much many more less good bad explain summarize summarise translate fix rewrite rephrase "
+    "shorten improve describe tell show give say write make mean work works happen use need know think get go come "
+    "please just also really again please exactly still even only first"
+)
+"""Words of substance that no pronoun stands for."""
 _IMPERSONAL = re.compile(
     r"\bit'?s? (?:is |was |be |being |would be |will be )?"
     r"(?:ok|okay|possible|impossible|safe|legal|illegal|true|better|worth|bad|good|normal|necessary|hard|easy|difficult"
     r"|right|wrong|common|healthy|important|like|rain|raining|takes?|costs?|feel|mean|called|too late|compulsory"
     r"|mandatory|time|that|when|if)\b"
-    r"|\b(?:make|made|take|get|have|believe|like|love|hate) it\b|\btime is it\b"
+    r"|\b(?:make|made|take|get|have|believe|like|love|hate) it\b|\btime is it\b|\bit (?:\w+ ){1,3}to \w+ \w+"
 )
 _POINTING = re.compile(
-    r"(?:^|\b(?:is|was|does|do|did|of|about|with|for|like|by|after|before|to|mean|say|in|on) )(?:this|that)"
-    r"(?:$| (?:is|was|mean|means|work|works|so|too|then)\b)"
-    r"|^(?:this|that|it|they|he|she|these|those)\b"
+    r"(?:^|\b(?:is|was|does|do|did|of|about|with|for|like|by|after|before|to|mean|say|in|on|explain|why) )"
+    r"(?P<it>this|that)(?:$| (?:is|was|mean|means|does|do|did|doesn't|work|works|so|too|then|to|in|for)\b)"
 )
 
 
-def _dangling(text: str, words: list[str]) -> bool:
+def _points_back(words: list[str]) -> bool:
+    """Whether a short text speaks of what was said before; a long one has said it itself."""
+    return len(words) <= _LONGEST_POINTING and _POINTER.search(" ".join(words)) is not None
+
+
+def _dangling(words: list[str], first: bool) -> bool:
     """Whether a pronoun comes before anything that it could stand for."""
-    if _POINTING.search(" ".join(words)):
-        return True
-    place = next((place for place, word in enumerate(words) if word in _ANAPHOR), None)
-    if place is None:
+    if len(words) > _LONGEST_DANGLING[first]:
         return False
+    joined = " ".join(words)
+    pointing = _POINTING.search(joined)
+    places = [place for place, word in enumerate(words) if word in _ANAPHOR][:1]
+    if pointing is not None:
+        places.append(joined.count(" ", 0, pointing.start("it")))
+    if not places:
+        return False
+    place = min(places)
     before = words[:place]
-    if _IMPERSONAL.search(" ".join(words[max(0, place - 2) :])):
+    if any(word in _DETERMINER or word not in _EMPTY | _THIN for word in before):
         return False
-    return not (any(word in _DETERMINER for word in before) or _names_something(text, before))
-
-
-def _names_something(text: str, before: list[str]) -> bool:
-    substance = [word for word in before if word not in _EMPTY]
-    if len(substance) >= _ENOUGH or any(word.isdigit() for word in substance):
-        return True
-    names = {name.lower() for name in re.findall(r"(?<=[^.!?\s] )[^\W\d_a-z]\w+", text)}
-    return any(word in names for word in substance)
+    return words[place] != "it" or _IMPERSONAL.search(" ".join(words[max(0, place - 2) :])) is None

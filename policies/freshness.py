@@ -47,9 +47,17 @@ class FreshnessRules:
 
 
 def horizon(text: str) -> Horizon:
-    """The soonest horizon that a question's words speak of. Only the first 2000 characters are read."""
-    text = text[:2000].lower().replace("’", "'")
+    """The soonest horizon that a question's words speak of. Of a long text the beginning and the end are read.
+
+    A story with numbers of its own (a word problem) has a "now" of its own, and asks nothing about the world's.
+    """
+    text = (text if len(text) <= 2 * _READ else f"{text[:_READ]}\n{text[-_READ:]}").lower().replace("’", "'")
     words = _WORD.findall(text)
+    if len(words) > _STORY_WORDS:
+        if len(_NUMBER.findall(text)) >= _STORY_NUMBERS:
+            return Horizon.NONE
+        text = " ".join(_SENTENCE.split(text.strip())[-_ASKING:])
+        words = _WORD.findall(text)
     soonest = max((_WORDS[word] for word in words if word in _WORDS), default=Horizon.NONE)
     for word in words:
         for level, phrase in _PHRASES.get(word, ()):
@@ -60,6 +68,14 @@ def horizon(text: str) -> Horizon:
     return soonest
 
 
+_READ = 1000
+"""Characters of each end of a long text."""
+_STORY_WORDS = 25
+_STORY_NUMBERS = 3
+_NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_ASKING = 2
+"""Sentences at the end of a long text that are taken for its question."""
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 
@@ -68,7 +84,7 @@ def _by_word(**levels: str) -> dict[str, Horizon]:
 
 
 _WORDS = _by_word(
-    NOW="currently news headlines weather forecast standings jetzt aktuell aktuelle aktueller aktuelles derzeit "
+    NOW="news headlines weather forecast standings jetzt aktuell aktuelle aktueller aktuelles derzeit "
     "momentan wetter nachrichten börsenkurs aktienkurs wechselkurs maintenant actuellement météo ahora actualmente "
     "cotización adesso attualmente meteo agora atualmente сейчас погода новости",
     DAY="today today's tonight tonight's tomorrow tomorrow's yesterday heute gestern aujourd'hui demain hier hoy "
@@ -94,9 +110,10 @@ _phrases(
     Horizon.NOW,
     {
         "now": r"right now|as of now|just now|(?:is|are|open|online|up|available|happening|playing) now|now(?=\W*$)",
+        "currently": r"(?<!i am )(?<!i'm )currently(?! (?:i|i'm|am|working|using|taking|studying|living)\b)",
         "moment present": r"at the moment|at present|en (?:ce|este) mom\w+|in questo momento|im moment",
         "far": r"so far(?! (?:away|from|as|that))",
-        "current": r"current (?!affairs|of|in|flow|through|density|sensor|account|source)\w+",
+        "current": r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+",
         "latest newest recent": r"(?:latest|newest|most recent) \w+",
         "live breaking": r"(?:live|breaking) (?:score|stream|coverage|news|update|result|stat\w*|price|data|traffic)s?",
         "real realtime date": r"real-? ?time (?:data|price|rate|info\w*|update|score)s?|up-to-date",
@@ -105,11 +122,11 @@ _phrases(
         "temperature": r"(?:what|how) .{0,20}temperature (?:in|at|outside)",
         "rain raining snow snowing": r"(?:is|will) it (?:be )?(?:rain|snow)\w*",
         "traffic": r"traffic (?:on|in|near)",
-        "score": r"score (?:of|in|between)",
+        "score": r"(?:the|current|final|live) score (?:of|in|between) the",
         "winning won": r"who(?:'s| is) winning|who won (?:the )?(?:game|match|election|race)",
         "price prices quote quotes": (
             r"(?:stock|share|bitcoin|btc|eth\w*|crypto\w*|gold|silver|oil|gas|fuel|petrol|market|spot|ticket|flight) "
-            r"(?:price|quote)s?|(?:what|how).{0,20} prices? of"
+            r"(?:price|quote)s?|(?:what|how)(?:'s| is| are| much is| much are).{0,20} prices? of"
         ),
         "rate rates": r"(?:exchange|interest|mortgage|inflation|conversion) rates?",
         "worth trading": r"how much (?:is|are) .{1,40} (?:worth|trading)",
@@ -239,6 +256,10 @@ class Sightings:
             self._counts >>= 1
             self._since = 0
         return min(255, least + 1)
+
+    def seen(self, key: bytes) -> int:
+        """How often a 16-byte digest was missed, about."""
+        return min(int(self._counts[row, place]) for row, place in enumerate(self._places(key)))
 
     def _places(self, key: bytes) -> list[int]:
         if len(key) != 4 * _ROWS:

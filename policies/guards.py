@@ -14,12 +14,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from policies.wordlists import ASPECT, FLIPS, LOWER_NAMES, NUMBER_WORDS, SMALL_WORDS, TIMES, TURNING_WORDS, UNITS
+from policies.wordlists import (
+    ASPECT,
+    FLIPS,
+    LOWER_NAMES,
+    NUMBER_WORDS,
+    PART_WORDS,
+    SMALL_WORDS,
+    TIMES,
+    TURNING_WORDS,
+    UNITS,
+)
 
 MAX_CHARS = 8192
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _NUMBER = re.compile(r"(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!/))?)(k\b)?")
+_PART = re.compile(r"\b([a-z]+)[ -](" + "|".join(PART_WORDS) + r")s?\b")
+_PERCENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?(?:%|percent\b)")
 _AMOUNT = re.compile(r"([$€£¥₹₣₩₺₽₿])?\s?(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)[\s-]?(%|°[CF]?|[^\W\d_]+)?")
 _IDENTIFIER = re.compile(
     r"[\w.+-]+@[\w-]+\.[\w.-]+|https?://\S+|(?=[\w./#-]*\d)(?=[\w./#-]*[A-Za-z_])[\w#][\w./#-]*\w|\b\w+_\w+\b"
@@ -32,6 +44,8 @@ _FENCED = re.compile(r"```(.*?)```", re.S)
 _NEGATION = re.compile(
     r"\b(?:not|never|cannot|without|no longer|neither|nor|nobody|nothing|none|unable|except)\b|n['’]t\b", re.I
 )
+_NO_NEGATION = re.compile(r"\b(?:or (?:why )?not\b|why not\b|not only\b|not just\b)|whether (?:or not\b)?", re.I)
+"""Turns of speech that say not and mean nothing by it."""
 _OPERATORS = re.compile(r"(?<=[\w)\s])\s*(<=|>=|==|!=|<|>|\+|\*|\^|(?<=\s)-(?=\s)|÷|×)\s*(?=[\w(\s])")
 _NEAR = 8
 """Words that only one of two questions has, up to which they count as the same sentence with something changed."""
@@ -87,25 +101,38 @@ def facts(text: str) -> Facts:
     return Facts(
         low=low,
         words=known,
-        numbers=frozenset(_numbers(low, words)),
+        numbers=frozenset(_numbers(low)),
         amounts=frozenset(_amounts(low)),
         times=frozenset(_times(low, known)),
         identifiers=frozenset(found.lower().rstrip(".") for found in marked),
         names=frozenset(_names(text)),
         quoted=frozenset(_quoted(text)),
         operators=tuple(_OPERATORS.findall(low)),
-        negated=_NEGATION.search(low) is not None,
+        negated=_NEGATION.search(_NO_NEGATION.sub(" ", low)) is not None,
         aspects=frozenset(found.lastgroup for found in ASPECT.finditer(low) if found.lastgroup),
         sequence=tuple(words),
     )
 
 
-def _numbers(low: str, words: Iterable[str]) -> Iterable[float]:
-    for found, thousands in _NUMBER.findall(low):
+def _numbers(low: str) -> Iterable[float]:
+    """Numbers in digits and words; `three quarters`, `3/4` and `75 %` are one."""
+    for count, part in _PART.findall(low):
+        if count in NUMBER_WORDS or count in {"a", "one"}:
+            yield round(NUMBER_WORDS.get(count, 1) * PART_WORDS[part], 9)
+    plain = _PART.sub(_without_part, low)
+    for percent in _PERCENT.findall(plain):
+        yield round(_value(percent) / 100, 9)
+    plain = _PERCENT.sub(" ", plain)
+    for found, thousands in _NUMBER.findall(plain):
         yield _value(found) * (1000 if thousands else 1)
-    for word in words:
+    for word in _WORD.findall(plain):
         if word in NUMBER_WORDS:
             yield NUMBER_WORDS[word]
+
+
+def _without_part(found: re.Match[str]) -> str:
+    known = found[1] in NUMBER_WORDS or found[1] in {"a", "one"}
+    return " " if known else found[0]
 
 
 def _value(digits: str) -> float:

@@ -1,5 +1,9 @@
 """The last step of judging: the pair model's logit and the cosine become a probability, and a point to accept.
 
+Calibrated over all pairs alike, probabilities are not calibrated within a category: the same .9 is right nineteen
+times out of twenty about sums and four times out of five about news. So a category that had enough pairs has points of
+its own.
+
 The probability is a logistic regression. Shared words, one-sided numbers, lengths and the like were tried beside the
 two and left out: they fit the mass of pairs and cost recall at few false hits. Its offset for a category is shrunk
 towards none, by as much as the category had few pairs when it was fitted.
@@ -11,6 +15,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+Points = Sequence[tuple[float, float]]
+"""`(error budget, probability)`, budgets ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +37,10 @@ class PairHead:
     without_cosine: Weights
     categories: Mapping[str, float]
     """Offset of the logit by category."""
-    points: Sequence[tuple[float, float]]
-    """`(error budget, probability)`, budgets ascending: where accepting keeps the budget on the reference pairs."""
+    points: Points
+    """Where accepting keeps the budget on the reference pairs."""
+    category_points: Mapping[str, Points]
+    """The same by category, where there were pairs enough."""
 
     def probability(self, logit: float, cosine: float | None, category: str) -> float:
         """Probability that the stored answer serves; no cosine if it is of an embedder unknown here."""
@@ -40,15 +49,15 @@ class PairHead:
         total += self.categories.get(category, 0.0)
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, total))))
 
-    def point(self, error_budget: float) -> float:
+    def point(self, error_budget: float, category: str) -> float:
         """Probability from which a candidate is accepted, interpolated between the measured budgets."""
-        budgets = [budget for budget, _ in self.points]
-        place = bisect_left(budgets, error_budget)
+        points = self.category_points.get(category, self.points)
+        place = bisect_left([budget for budget, _ in points], error_budget)
         if place == 0:
             # Below the strictest measured budget only certainty is left, which no pair reaches but an equal one.
-            first_budget, first = self.points[0]
+            first_budget, first = points[0]
             return 1.0 if error_budget <= 0 else 1 - (1 - first) * error_budget / first_budget
-        if place == len(self.points):
-            return self.points[-1][1]
-        (low, above), (high, below) = self.points[place - 1], self.points[place]
+        if place == len(points):
+            return points[-1][1]
+        (low, above), (high, below) = points[place - 1], points[place]
         return above + (below - above) * (error_budget - low) / (high - low)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 
 
 class Personal(StrEnum):
@@ -30,42 +28,13 @@ class Personal(StrEnum):
     """Somebody introduces himself, or is spoken of with a title."""
 
 
-class Handling(IntEnum):
-    """Who may be answered with an entry, laxest first."""
+class Handling(StrEnum):
+    """What becomes of an answer when personal data is found in the question or in itself."""
 
-    ANYONE = 0
-    """Whoever shares the scope."""
-    TENANT = 1
-    """Only the tenant that asked."""
-    NOBODY = 2
-    """Not stored, and not looked up by meaning."""
-
-
-_DEFAULT: Mapping[Personal, Handling] = {
-    Personal.ACCOUNT: Handling.TENANT,
-    Personal.CARD: Handling.NOBODY,
-    Personal.MAIL: Handling.TENANT,
-    Personal.PHONE: Handling.TENANT,
-    Personal.SECRET: Handling.NOBODY,
-    Personal.NATIONAL: Handling.NOBODY,
-    Personal.NAME: Handling.TENANT,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class PersonalRules:
-    """What each kind of personal data does to an entry."""
-
-    handling: Mapping[Personal, Handling] = field(default_factory=lambda: dict(_DEFAULT))
-    together: Handling = Handling.TENANT
-    """A name together with any other kind is at least this strict."""
-
-
-def handling(kinds: Iterable[Personal], rules: PersonalRules = PersonalRules()) -> Handling:
-    """The strictest handling that the kinds found ask for."""
-    found = frozenset(kinds)
-    strictest = max((rules.handling.get(kind, Handling.TENANT) for kind in found), default=Handling.ANYONE)
-    return max(strictest, rules.together) if Personal.NAME in found and len(found) > 1 else strictest
+    PRIVATE = "private"
+    """Kept for the tenant that asked, and never shared."""
+    NEVER = "never"
+    """Not kept."""
 
 
 def personal(text: str) -> frozenset[Personal]:

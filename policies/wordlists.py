@@ -31,7 +31,8 @@ appreciate depreciate | appreciation depreciation | vested unvested | qualified 
 ordinary qualified | refinance originate | prepay defer | nominal real | hypertension hypotension
 hyperthyroidism hypothyroidism | hyperglycemia hypoglycemia | hyperkalemia hypokalemia | benign malignant
 acute chronic | positive negative | systolic diastolic | viral bacterial | oral topical | dominant recessive
-male female | men women | man woman | boy girl | boys girls | guy girl | guys girls | fully partially | partly wholly | husband wife | father mother | son daughter
+male female | men women | man woman | boy girl | boys girls | guy girl | guys girls
+fully partially | partly wholly | husband wife | father mother | son daughter
 brother sister | uncle aunt | pre post | prenatal postnatal | adult child | adults children | win lose
 winning losing | won lost | pass fail | passed failed | success failure | succeed fail | love hate
 like dislike | like hate | good bad | best worst | better worse | advantage disadvantage
@@ -82,9 +83,15 @@ NUMBER_WORDS: Mapping[str, float] = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
     "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18,
     "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80,
-    "ninety": 90, "hundred": 100, "thousand": 1000, "million": 1e6, "billion": 1e9,
+    "ninety": 90, "hundred": 100, "thousand": 1000, "million": 1e6, "billion": 1e9, "thrice": 3, "decade": 10,
 }  # fmt: skip
 """Left out: `one`, which mostly is no number, and `half`, `twice`, `dozen`, which are often written as digits."""
+
+PART_WORDS: Mapping[str, float] = {
+    "halve": 1 / 2, "third": 1 / 3, "quarter": 1 / 4, "fourth": 1 / 4, "fifth": 1 / 5, "sixth": 1 / 6,
+    "seventh": 1 / 7, "eighth": 1 / 8, "ninth": 1 / 9, "tenth": 1 / 10,
+}  # fmt: skip
+"""What follows a number word in `two thirds`."""
 
 TIMES = frozenset(
     _words("""

@@ -12,7 +12,7 @@ from gateway.embedding import EmbedderError
 from gateway.embedding.local import find_model
 from gateway.judge import JudgeError
 from gateway.judge.model import PairModel
-from policies.pairhead import PairHead, Weights
+from policies.pairhead import PairHead, Points, Weights
 
 FOLDER = Path(__file__).parent
 GRAPH = "pair_model.onnx"
@@ -47,16 +47,24 @@ def head_of(document: dict[str, Any]) -> PairHead:
         with_cosine=Weights(**document["with_cosine"]),
         without_cosine=Weights(**document["without_cosine"]),
         categories=dict(document["categories"]),
-        points=tuple((budget, point) for budget, point in document["points"]),
+        points=_points(document["points"]),
+        category_points={name: _points(points) for name, points in document["category_points"].items()},
     )
+
+
+def _points(listed: list[list[float]]) -> Points:
+    points = tuple((float(budget), float(point)) for budget, point in listed)
+    if not points or [budget for budget, _ in points] != sorted({budget for budget, _ in points}):
+        raise ValueError("the points' budgets do not ascend")
+    return points
 
 
 def _document(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = orjson.loads(path.read_bytes())
-        head = head_of(document)
+        head_of(document)
         sums = [document[f"{name}_sha256"] for name in ("graph", "words", "tokenizer")]
-        if not head.points or not all(isinstance(item, str) for item in sums):
+        if not all(isinstance(item, str) for item in sums):
             raise ValueError("its parts do not fit")
     except OSError as error:
         raise JudgeError(f"{path} cannot be read: {error.strerror}") from error

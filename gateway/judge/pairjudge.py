@@ -40,7 +40,7 @@ class PairJudge:
 
     def point(self, policy: CategoryPolicy) -> float:
         """Return the probability from which a candidate is accepted."""
-        return self._head.point(policy.error_budget) if self._point is None else self._point(policy)
+        return self._head.point(policy.error_budget, policy.name) if self._point is None else self._point(policy)
 
     async def judge(self, text: str, candidates: Sequence[Candidate], policy: CategoryPolicy) -> Judgement:
         """Decide; the score is the probability that the stored answer serves."""

@@ -21,8 +21,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +39,29 @@ from gateway.judge.pairs import Row, row
 from loadtest.data import data_dir
 from loadtest.training import judge_calibrate as calibrate
 from loadtest.training import judge_export as export
-from loadtest.training.judge_data import Sample, epoch, held_out, read_sets
+from loadtest.training.judge_data import Sample, derived, epoch, read_sets, split
 from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
-EPOCHS = 4
+EPOCHS = 2
 RATE = 1e-4
 WARM_UP = 150
 """Steps."""
-FALL = 0.5
+FALL = 0.7
 """Last part of the run, in which the rate falls."""
 BATCH_TOKENS = 1280
-SMOOTHING = 0.04
+SMOOTHING = 0.05
 DECAY = 0.01
 AVERAGE = 0.998
 """Of the running mean of the weights."""
 RANGE_PAIRS = 400
+KEEP = 300
+"""Steps after which a run can go on."""
+
+Mix = tuple[Sequence[Sample], Sequence[Sample]]
+"""Pairs to learn from, and those that follow from them."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def tensors(rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(rows: Sequence[Row], tokens: int) -> Inputs:
     """Token ids, marks, which tokens are the second question's, which are there; all [pairs, tokens]."""
     ids, marks = np.zeros((len(rows), tokens), np.int64), np.zeros((len(rows), tokens), np.int64)
     second, inside = np.zeros((len(rows), tokens), np.bool_), np.zeros((len(rows), tokens), np.bool_)
@@ -108,18 +115,33 @@ def rate(done: float, step: int) -> float:
     return RATE * min(1.0, step / WARM_UP) * min(1.0, max(0.0, 1 - done) / FALL)
 
 
-def train(net: PairNet, samples: Sequence[Sample], tokens: Tokens, epochs: int, seed: int) -> dict[str, Tensor]:
-    """Train in place; returns the averaged weights. Prints how far it is."""
+def train(
+    net: PairNet, learn: Mix, tokens: Tokens, epochs: int, seed: int, keep: Path | None = None
+) -> dict[str, Tensor]:
+    """Train in place; returns the averaged weights. Prints how far it is.
+
+    `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every KEEP steps.
+    """
     torch.manual_seed(seed)
     net.train()
     optimiser = _optimiser(net)
     average = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    behind = 0
+    if keep is not None and keep.exists():
+        known = torch.load(keep)
+        net.load_state_dict(known["net"])
+        optimiser.load_state_dict(known["optimiser"])
+        torch.set_rng_state(known["chance"])
+        average, behind = known["average"], known["step"]
     started = time.monotonic()
-    for step, (number, done, batch, wanted) in enumerate(_steps(samples, tokens, epochs, random.Random(seed)), 1):
+    for step, (done, batch) in enumerate(_plan(learn, tokens, epochs, random.Random(seed)), 1):
+        if step <= behind:
+            continue
         for group in optimiser.param_groups:
             group["lr"] = rate(done, step)
+        inputs, wanted = batch()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(*batch)
+            logits = net(*inputs)
         loss = functional.binary_cross_entropy_with_logits(logits, wanted)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -127,27 +149,28 @@ def train(net: PairNet, samples: Sequence[Sample], tokens: Tokens, epochs: int, 
         optimiser.zero_grad()
         _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
         if step % 200 == 0:
-            taken = time.monotonic() - started
-            print(f"epoch {number + 1}, {done:.1%}, step {step}, {taken:.0f} s, loss {loss.item():.3f}", flush=True)
+            print(f"{done:.1%}, step {step}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+        if keep is not None and step % KEEP == 0:
+            state = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
+            torch.save(state | {"chance": torch.get_rng_state()}, keep)
     return average
 
 
-def _steps(
-    samples: Sequence[Sample], tokens: Tokens, epochs: int, chance: random.Random
-) -> Iterator[tuple[int, float, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]]:
-    """Epoch, part of the run that is done, the batch, the wishes."""
+def _plan(
+    learn: Mix, tokens: Tokens, epochs: int, chance: random.Random
+) -> Iterator[tuple[float, Callable[[], tuple[Inputs, Tensor]]]]:
+    """The part of the run that is done, and what makes the batch."""
     for number in range(epochs):
-        mix = epoch(samples, chance)
+        mix = epoch(*learn, chance)
         rows = [row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end) for sample in mix]
         cut = batches([len(item.ids) for item in rows], chance)
         for place, batch in enumerate(cut):
-            wanted = torch.tensor([mix[index].label for index in batch.pairs]) * (1 - 2 * SMOOTHING) + SMOOTHING
-            yield (
-                number,
-                (number + place / len(cut)) / epochs,
-                tensors([rows[index] for index in batch.pairs], batch.tokens),
-                wanted,
-            )
+            yield (number + place / len(cut)) / epochs, partial(_filled, mix, rows, batch)
+
+
+def _filled(mix: Sequence[Sample], rows: Sequence[Row], batch: Batch) -> tuple[Inputs, Tensor]:
+    wanted = torch.tensor([mix[index].label for index in batch.pairs]) * (1 - 2 * SMOOTHING) + SMOOTHING
+    return tensors([rows[index] for index in batch.pairs], batch.tokens), wanted
 
 
 def _optimiser(net: PairNet) -> torch.optim.AdamW:
@@ -168,18 +191,19 @@ def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, export, calibrate, write."""
     chosen = _parser().parse_args(arguments)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     started, used = time.monotonic(), time.process_time()
     samples = read_sets(data_dir() / "pairs")
-    held = held_out(samples)
+    learn, tested = split(samples)
     source = find_model()
     tokens = Tokens(source / "tokenizer.json")
     weights = load_file(source / "model.safetensors")
     torch.manual_seed(SEED)
     net = PairNet.start(weights)
-    learn = [sample for sample, out in zip(samples, held, strict=True) if not out]
-    known = chosen.weights
-    average = train(net, learn, tokens, chosen.epochs, SEED) if known is None else torch.load(known)
+    if chosen.weights is None:
+        average = train(net, (learn, derived(learn, samples)), tokens, chosen.epochs, SEED, chosen.keep)
+    else:
+        average = torch.load(chosen.weights)
     if chosen.save is not None:
         torch.save(average, chosen.save)
     minutes = ((time.monotonic() - started) / 60, (time.process_time() - used) / 60)
@@ -190,7 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for sample in random.Random(SEED).sample(learn, min(RANGE_PAIRS, len(learn)))
     ]
     graph = export.quantised(state, export.ranges(state, rows, words)).SerializeToString()
-    tested = [sample for sample, out in zip(samples, held, strict=True) if out]
     model = PairModel(graph, source / "model.safetensors", source / "tokenizer.json", threads=2)
     with tempfile.TemporaryDirectory() as folder:
         embedder, _ = load(chosen.cache or Path(folder), threads=2)
@@ -208,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=FOLDER, help="where graph, head and card are written")
     parser.add_argument("--cache", type=Path, help="data directory whose embedder file is used again")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--keep", type=Path, help="file to go on from when the run is stopped")
     parser.add_argument("--save", type=Path, help="keep the float weights here")
     parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")
     return parser

@@ -17,11 +17,11 @@ from gateway.embedding.local import MODEL_NAME
 from gateway.embedding.minilm import MiniLM
 from gateway.judge.load import GRAPH, HEAD
 from gateway.judge.model import PairModel
-from loadtest.metrics import auc, recall_at
+from loadtest.metrics import auc, recall_at, share
 from loadtest.training.judge_data import HELD_OUT, Sample
 from policies import guards
 from policies.classifier import CategoryHead
-from policies.pairhead import PairHead, Weights
+from policies.pairhead import PairHead, Points, Weights
 
 Figures = NDArray[np.float64]
 
@@ -31,6 +31,8 @@ PRIOR = 50.0
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 LOOSEST = 0.5
 """No point is below this: what more probably does not serve is not served."""
+ENOUGH = 250
+"""Pairs of a category from which on it has acceptance points of its own."""
 NOISY = ("mrpc", "rqe_medical", "sts_genres", "stsb")
 """Sets whose labels mean something else (news, entailment, a scale): trained on, not calibrated with."""
 
@@ -72,12 +74,13 @@ def report(
     known = [item for item in found if item.sample.set not in NOISY]
     head = fitted(known)
     unseen = crossed(found)
-    head = replace(head, points=points(known, crossed(known)))
+    head = replace(head, **points_of(known, crossed(known)))
     document = {
         "with_cosine": asdict(head.with_cosine),
         "without_cosine": asdict(head.without_cosine),
         "categories": dict(head.categories),
-        "points": [list(point) for point in head.points],
+        "points": head.points,
+        "category_points": head.category_points,
     }
     return document, card(found, unseen, head, learnt, minutes)
 
@@ -98,7 +101,7 @@ def fitted(found: Sequence[Judged]) -> PairHead:
         for name in sorted({item.category for item in left})
         for rows in [np.array([item.category == name for item in left])]
     }
-    return PairHead(Weights(*both.tolist()), Weights(float(alone[0]), 0.0, float(alone[1])), categories, ())
+    return PairHead(Weights(*both.tolist()), Weights(float(alone[0]), 0.0, float(alone[1])), categories, (), {})
 
 
 def _weights(sets: Sequence[str]) -> Figures:
@@ -155,7 +158,17 @@ def _fold(text: str) -> int:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=2).digest()[0] % FOLDS
 
 
-def points(found: Sequence[Judged], shares: Figures) -> tuple[tuple[float, float], ...]:
+def points_of(found: Sequence[Judged], shares: Figures) -> dict[str, Any]:
+    """The acceptance points: of all pairs, and of every category that has enough of them."""
+    by_category = {}
+    for name, count in Counter(item.category for item in found).items():
+        if count >= ENOUGH:
+            rows = [place for place, item in enumerate(found) if item.category == name]
+            by_category[name] = points([found[place] for place in rows], shares[rows])
+    return {"points": points(found, shares), "category_points": by_category}
+
+
+def points(found: Sequence[Judged], shares: Figures) -> Points:
     """For every budget the lowest probability from which on the pairs that are accepted keep it.
 
     The reference traffic is half repetitions that differ only in how they are typed, whose answers are right by
@@ -190,7 +203,7 @@ def card(
 ) -> str:
     """The model card; `shares` are the cross-fitted probabilities."""
     counts = Counter(sample.set for sample in learnt)
-    point = head.point(0.01)
+    served = [share >= head.point(0.01, item.category) for item, share in zip(found, shares.tolist(), strict=True)]
     lines = [
         "# Pair model",
         "",
@@ -211,10 +224,13 @@ def card(
         "| set | pairs | cosine: AUC, recall at 1 % false | judge: AUC, recall at 1 %, at 5 % | served: +, - |",
         "|---|---|---|---|---|",
     ]
-    lines += [_line(name, found, shares, point) for name in sorted({item.sample.set for item in found})]
+    lines += [_line(name, found, shares, served) for name in sorted({item.sample.set for item in found})]
     lines += [
         "",
-        f"Default point: {point:.3f} (error budget 0.01). Reliability on the held-out pairs that reach the model:",
+        f"Acceptance point of error budget 0.01: {head.point(0.01, ''):.3f}; "
+        + ", ".join(f"{name} {head.point(0.01, name):.3f}" for name in sorted(head.category_points))
+        + ".",
+        "Reliability on the held-out pairs that reach the model:",
     ]
     lines += ["", "| pairs | probability | serve |", "|---|---|---|"]
     rows = [place for place, item in enumerate(found) if not item.refused and item.sample.set not in NOISY]
@@ -223,22 +239,17 @@ def card(
     return "\n".join([*lines, ""])
 
 
-def _line(name: str, found: Sequence[Judged], shares: Figures, point: float) -> str:
-    rows = [(item, share) for item, share in zip(found, shares.tolist(), strict=True) if item.sample.set == name]
-    wanted = [(item.cosine, share) for item, share in rows if item.sample.label == 1]
-    others = [(item.cosine, share) for item, share in rows if item.sample.label == 0]
+def _line(name: str, found: Sequence[Judged], shares: Figures, served: Sequence[bool]) -> str:
+    rows = [place for place, item in enumerate(found) if item.sample.set == name]
+    wanted, others = ([place for place in rows if found[place].sample.label == label] for label in (1, 0))
     figures: list[float | None] = []
-    for which in (0, 1):
-        good, bad = [pair[which] for pair in wanted], [pair[which] for pair in others]
+    for values in (np.array([item.cosine for item in found]), shares):
+        good, bad = values[wanted].tolist(), values[others].tolist()
         figures += [auc(good, bad), recall_at(good, bad, 0.01), recall_at(good, bad, 0.05)]
-    served = [_share([share >= point for _, share in part]) for part in (wanted, others)]
-    cells = ["-" if figure is None else f"{figure:.3f}" for figure in (*figures, *served)]
+    figures += [share([served[place] for place in part]) for part in (wanted, others)]
+    cells = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
     cosine, judge, hits = ", ".join(cells[:2]), ", ".join(cells[3:6]), ", ".join(cells[6:])
     return f"| {name} | {len(rows)} | {cosine} | {judge} | {hits} |"
-
-
-def _share(hits: Sequence[bool]) -> float | None:
-    return sum(hits) / len(hits) if hits else None
 
 
 def write(folder: Path, graph: bytes, source: Path, document: Mapping[str, Any], text: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from loadtest.data import read_rows, text_field
@@ -16,7 +17,7 @@ from loadtest.training import judge_edits as edits
 HELD_OUT = 15
 """Percent of the groups that training never sees."""
 GROUP = 60
-"""Pairs; where equal texts link more than these, a pair's group is its first text alone."""
+"""Most texts of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +63,45 @@ def read_sets(folder: Path) -> list[Sample]:
     return samples
 
 
-def held_out(samples: Sequence[Sample]) -> list[bool]:
-    """Which samples training must not see: pairs linked by an equal text stay on one side."""
-    parents: dict[str, str] = {}
+def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """What is learnt from and what is held out; a text's group is wholly on one side.
 
-    def root(key: str) -> str:
-        parents.setdefault(key, key)
-        while parents[key] != key:
-            parents[key] = parents[parents[key]]
+    A group is what pairs of label 1 link, and pairs of label 0 too while it stays small. Of a pair across two groups
+    that lie on different sides neither gets anything.
+    """
+    groups = _Groups()
+    for sample in sorted(samples, key=lambda sample: -sample.label):
+        groups.join(_key(sample.a), _key(sample.b))
+    learn: list[Sample] = []
+    held: list[Sample] = []
+    for sample in samples:
+        out = {_bucket(groups.root(_key(text))) < HELD_OUT for text in (sample.a, sample.b)}
+        if len(out) == 1:
+            (held if out == {True} else learn).append(sample)
+    return learn, held
+
+
+class _Groups:
+    """Texts that belong together, at most GROUP of them."""
+
+    def __init__(self) -> None:
+        self._parents: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+
+    def root(self, key: str) -> str:
+        """The text that stands for the group."""
+        parents = self._parents
+        while (parent := parents.setdefault(key, key)) != key:
+            parents[key] = parents.setdefault(parent, parent)
             key = parents[key]
         return key
 
-    for sample in samples:
-        first, second = sorted((root(_key(sample.a)), root(_key(sample.b))))
-        parents[second] = first
-    keys = [_key(sample.a) for sample in samples]
-    sizes = Counter(root(key) for key in keys)
-    groups = (root(key) if sizes[root(key)] <= GROUP else key for key in keys)
-    return [_bucket(group) < HELD_OUT for group in groups]
+    def join(self, first: str, second: str) -> None:
+        """Make two groups one, if it is not too large."""
+        kept, gone = sorted((self.root(first), self.root(second)))
+        size = self._sizes.get(kept, 1) + self._sizes.get(gone, 1)
+        if kept != gone and size <= GROUP:
+            self._parents[gone], self._sizes[kept] = kept, size
 
 
 def _key(text: str) -> str:
@@ -90,19 +112,52 @@ def _bucket(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=4).digest()) % 100
 
 
-def epoch(samples: Sequence[Sample], chance: random.Random) -> list[Sample]:
-    """One epoch's pairs in random order: every set by its share, and edited pairs beside them."""
-    by_set: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_set[sample.set].append(sample)
+DERIVED = {"covid_similar": 0.5, "covidq_pairs": 0.7, "gsmplus": 0.5, "mqp_medical": 0.25, "paws_x_en": 0.15}
+"""Pairs seen in an epoch that follow from two others, as a share of the set's rows."""
+
+
+def derived(samples: Sequence[Sample], all_samples: Sequence[Sample]) -> list[Sample]:
+    """Pairs that follow: what serves one of two like questions serves the other, what does not does not either.
+
+    `all_samples`, held-out ones too, are what is known already and not said again.
+    """
+    known = {frozenset((_key(sample.a), _key(sample.b))) for sample in all_samples}
+    found = []
+    for name in DERIVED:
+        around: dict[str, list[tuple[str, float]]] = defaultdict(list)
+        for sample in samples:
+            if sample.set == name:
+                around[_key(sample.a)].append((sample.b, sample.label))
+                around[_key(sample.b)].append((sample.a, sample.label))
+        for others in around.values():
+            for (one, first), (other, second) in combinations(others, 2):
+                pair = frozenset((_key(one), _key(other)))
+                if len(pair) == 2 and max(first, second) == 1 and pair not in known:
+                    known.add(pair)
+                    found.append(Sample(one, other, first * second, name))
+    return found
+
+
+def epoch(samples: Sequence[Sample], follow: Sequence[Sample], chance: random.Random) -> list[Sample]:
+    """One epoch's pairs in random order: every set by its share, those that `follow`, and edited pairs."""
+    by_set, following = _by_set(samples), _by_set(follow)
     mix: list[Sample] = []
     for name, rows in by_set.items():
         share = SHARES[name]
         mix += rows * int(share) + chance.sample(rows, int(len(rows) * (share - int(share))))
+        others = following.get(name, [])
+        mix += chance.sample(others, min(len(others), int(len(rows) * DERIVED.get(name, 0.0))))
     mix = [_turned(sample, chance) for sample in mix]
     mix += _edited_pairs(by_set, chance)
     chance.shuffle(mix)
     return mix
+
+
+def _by_set(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.set].append(sample)
+    return found
 
 
 def _turned(sample: Sample, chance: random.Random) -> Sample:

@@ -38,6 +38,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(DIM, HIDDEN)
         self.down = nn.Linear(HIDDEN, DIM)
         self.last = nn.LayerNorm(DIM, eps=1e-12)
+        self.drop = nn.Dropout(DROPOUT)
 
     def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
         """`rows` [pairs, tokens, DIM], `mask` [pairs, 1, 1, tokens], added to the attention: 0 or -inf."""
@@ -46,8 +47,8 @@ class Layer(nn.Module):
         # Written out: on short rows the fused kernel's backward pass takes longer than all the rest.
         share = (query @ key.transpose(2, 3) * (DIM // HEADS) ** -0.5 + mask).softmax(-1)
         seen = share.to(value.dtype) @ value
-        rows = self.norm(rows + self.out(seen.transpose(1, 2).reshape(pairs, tokens, DIM)))
-        return self.last(rows + self.down(functional.gelu(self.up(rows))))  # type: ignore[no-any-return]
+        rows = self.norm(rows + self.drop(self.out(seen.transpose(1, 2).reshape(pairs, tokens, DIM))))
+        return self.last(rows + self.drop(self.down(functional.gelu(self.up(rows)))))  # type: ignore[no-any-return]
 
 
 class PairNet(nn.Module):
