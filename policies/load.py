@@ -57,6 +57,26 @@ class Signals:
     """Recent share of calls answered 429."""
 
 
+_NEWEST = 0.1
+"""Weight of the newest call in what is recent."""
+
+
+@dataclass(slots=True)
+class Recent:
+    """What the last calls to a backend were like; times in seconds of a clock that does not jump."""
+
+    latency: float | None = None
+    refused: float = 0.0
+    at: float = -math.inf
+
+    def note(self, seconds: float, *, refused: bool, now: float) -> None:
+        """Take in one call that has ended; one that was refused says nothing about latency."""
+        self.at = now
+        self.refused += _NEWEST * (refused - self.refused)
+        if not refused:
+            self.latency = seconds if self.latency is None else self.latency + _NEWEST * (seconds - self.latency)
+
+
 def pressure(signals: Signals, rules: LoadRules) -> float:
     """The load of one moment, in [0, 1]."""
     queue = (signals.in_flight / max(1, signals.slots) - rules.queue_free) / (rules.queue_full - rules.queue_free)
