@@ -36,7 +36,7 @@ class CategoryPolicy:
     """Accepted probability of a wrong answer among semantic hits."""
     max_relax: float = 0.0
     """How far the threshold may fall under load."""
-    ttl_jitter: float = 0.05
+    ttl_jitter: float = 0.02
     """Share by which a TTL may be shortened at random, so that what came together does not expire together."""
     freshness: FreshnessRules = FreshnessRules()
     stale_while_revalidate: float = 0.0
