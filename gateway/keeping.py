@@ -1,8 +1,8 @@
 """Keeping: whether a whole answer is stored, for how long, and for whom.
 
 Only what a backend has generated comes here; nothing else writes entries. An answer is the asking tenant's own. Where
-tenants share (`cache.shared`), it enters the common namespace once enough of them got agreeing answers on their own, and
-never if personal data is found in the question or in the answer.
+tenants share (`cache.shared`), it enters the common namespace once enough of them got agreeing answers on their own,
+and never if personal data is found in the question or in the answer.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ _phrases(
         "currently": r"(?<!i am )(?<!i'm )currently(?! (?:i|i'm|am|working|using|taking|studying|living)\b)",
         "moment present": r"at the moment|at present|en (?:ce|este) mom\w+|in questo momento|im moment",
         "far": r"so far(?! (?:away|from|as|that))",
-        "current": r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+",
+        "current": (
+            r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+"
+        ),
         "latest newest recent": r"(?:latest|newest|most recent) \w+",
         "live breaking": r"(?:live|breaking) (?:score|stream|coverage|news|update|result|stat\w*|price|data|traffic)s?",
         "real realtime date": r"real-? ?time (?:data|price|rate|info\w*|update|score)s?|up-to-date",

@@ -1,4 +1,4 @@
-"""A replay at a pace: the texts of its events cut small, for clients that show an answer as if it were being written."""
+"""A replay at a pace: the texts of its events cut small, for clients that show an answer as it is being written."""
 
 from __future__ import annotations
 
