@@ -1,12 +1,16 @@
 """Is the error budget kept? Streams of look-ups whose truth is known, through `policies.budget`.
 
-python -m loadtest.simulate_budget [--streams N] [--lookups N] [--budget B]... [--first SEED] [--json]
+python -m loadtest.simulate_budget [--start earned|judge] [--streams N] [--lookups N] [--budget B]... [--first SEED]
+                                   [--json]
 
 A stream is one category's look-ups. Three in five have a candidate; its truth is drawn from a mixture (repeats that
 are nearly always right, a grey zone, other questions), and the judge's word for it is distorted: honest, too sure of
 itself or too timid, noisy, and in half the streams blind to a kind that looks like a repeat and is wrong two
 times in five. In seven streams of ten the mixture changes somewhere in the middle, and with it, in half of these, how
-often the blind kind comes. The defaults of `BudgetRules` were chosen on the streams 0 to 199, so others are reported.
+often the blind kind comes. The defaults of `BudgetRules` were chosen on the streams 0 to 99, so others are reported.
+
+`--start earned` serves nothing by meaning before labels have shown that it may; `--start judge` believes the judge from
+the first look-up on, at the point that keeps the budget on 4000 labelled candidates of another mixture.
 """
 
 from __future__ import annotations
@@ -21,12 +25,16 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from policies.budget import RUNGS, BudgetRules, CategoryBudget
+from policies.budget import NEVER, RUNGS, BudgetRules, CategoryBudget
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05)
 POINTS = 100
 """Times a stream at which its error is noted."""
 _CANDIDATES = 0.6
+REFERENCE = 4000
+"""Labelled candidates on which a judge is calibrated before it sees traffic."""
+_REFERENCE_BLIND = 0.05
+"""Share of the blind kind among them: sets of pairs have more hard negatives than traffic has."""
 _BLIND_WRONG = 0.5
 """Logit of the probability that the blind kind is right."""
 
@@ -43,6 +51,15 @@ class Stream:
     """The look-up at which the mixture changes; the number of look-ups if it never does."""
     judge: str
     """honest, sure or timid."""
+    reference: tuple[NDArray[np.float64], NDArray[np.bool_]]
+    """What the judge says of labelled candidates of another mixture, and whether they are wrong."""
+
+    def point(self, budget: float) -> float:
+        """The laxest point that keeps a budget on the labelled candidates; NEVER where none does."""
+        p, wrong = self.reference
+        order = np.argsort(-p, kind="stable")
+        good = np.flatnonzero(np.cumsum(wrong[order]) <= budget * np.arange(1, len(p) + 1))
+        return float(p[order][good[-1]]) if len(good) else NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +118,24 @@ def stream(seed: int, lookups: int) -> Stream:
     before = _mixture(draw, blind)
     after = _mixture(draw, blind_after)
     kinds = np.where(np.arange(lookups) < shift, draw.choice(4, lookups, p=before), draw.choice(4, lookups, p=after))
+    claimed, wrong = _judged(draw, kinds, repeats, judge)
+    near = draw.random(lookups) < _CANDIDATES
+    # The pairs a judge is calibrated on are another mixture of the same kinds, the hard ones among them.
+    reference = draw.choice(4, REFERENCE, p=_mixture(draw, _REFERENCE_BLIND))
+    return Stream(np.where(near, claimed, 0.0), wrong, shift, judge, _judged(draw, reference, repeats, judge))
+
+
+def _judged(
+    draw: np.random.Generator, kinds: NDArray[np.int64], repeats: float, judge: str
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """What the judge says of candidates of these kinds, and whether their answers are wrong."""
+    size = len(kinds)
     means, spreads = np.array([repeats, 2.0, -3.0, _BLIND_WRONG]), np.array([1.2, 2.0, 2.0, 1.0])
     truth = draw.normal(means[kinds], spreads[kinds])
-    wrong = draw.random(lookups) >= _probability(truth)
-    seen = np.where(kinds == 3, draw.normal(repeats - 1.0, 1.2, lookups), truth)
+    wrong = draw.random(size) >= _probability(truth)
+    seen = np.where(kinds == 3, draw.normal(repeats - 1.0, 1.2, size), truth)
     slope, lift = {"honest": (1.0, 0.0), "sure": (1.4, 1.0), "timid": (0.7, -0.5)}[judge]
-    claimed = _probability(slope * seen + lift + draw.normal(0.0, 0.3, lookups))
-    return Stream(np.where(draw.random(lookups) < _CANDIDATES, claimed, 0.0), wrong, shift, judge)
+    return _probability(slope * seen + lift + draw.normal(0.0, 0.3, size)), wrong
 
 
 def _mixture(draw: np.random.Generator, blind: float) -> NDArray[np.float64]:
@@ -118,9 +146,12 @@ def _probability(logit: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(1.0 / (1.0 + np.exp(-logit)))
 
 
-def run(given: Stream, rules: BudgetRules, seed: int) -> Outcome:
-    """Send a stream through a controller; labels come at once and are true."""
-    controller = CategoryBudget(rules)
+def run(given: Stream, rules: BudgetRules, seed: int, *, believe: bool = False) -> Outcome:
+    """Send a stream through a controller; labels come at once and are true. `believe`: begin at the point of the
+    calibrated judge, and ask for no laxer one.
+    """
+    wanted = given.point(rules.budget) if believe else 0.0
+    controller = CategoryBudget(rules, wanted if believe else NEVER)
     draws = np.random.default_rng([seed, 1]).random(len(given.p)).tolist()
     probabilities, wrongs = given.p.tolist(), given.wrong.tolist()
     hits = wrong = checked = 0
@@ -174,9 +205,10 @@ def _believed(given: Stream, budget: float) -> tuple[int, int]:
     return hits, int(wrong[:hits].sum())
 
 
-def simulate(budget: float, streams: int, lookups: int, first: int) -> list[Outcome]:
-    """Run the streams from the seed `first` on under one budget."""
-    return [run(stream(seed, lookups), BudgetRules(budget=budget), seed) for seed in range(first, first + streams)]
+def simulate(budget: float, streams: int, lookups: int, first: int, *, believe: bool = False) -> list[Outcome]:
+    """Run the streams from the seed `first` on under one budget; `believe`: begin at the judge's word."""
+    rules = BudgetRules(budget=budget)
+    return [run(stream(seed, lookups), rules, seed, believe=believe) for seed in range(first, first + streams)]
 
 
 def _kept(outcomes: Sequence[Outcome], budget: float) -> float | None:
@@ -241,6 +273,7 @@ def render(rows: Sequence[Summary]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; print a table or JSON."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.simulate_budget", description=__doc__)
+    parser.add_argument("--start", choices=("earned", "judge"), default="earned")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--lookups", type=int, default=20_000)
     parser.add_argument("--budget", type=float, action="append")
@@ -252,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Summary] = []
     plots: dict[str, Any] = {}
     for budget in options.budget or BUDGETS:
-        outcomes = simulate(budget, options.streams, options.lookups, options.first)
+        outcomes = simulate(budget, options.streams, options.lookups, options.first, believe=options.start == "judge")
         rows.append(summary(budget, options.lookups, outcomes))
         plots[f"{budget:g}"] = over_time(outcomes)
     if options.json:

@@ -20,6 +20,10 @@ error is above the target is served before the first restart is at most `risk`. 
 the rest always, so labels need no weights: above a rung that keeps the target, the extra labels only make a laxer one
 look worse than it is. The judge need not be calibrated for this; a bad judge costs hits, not errors.
 
+A category may begin otherwise: with a `start` the judge's word is taken for the rungs from there on, with the capital
+that would have opened them, and the first wrong labels close them. Then the guarantee holds only from the first closing
+on; before it, it is as good as the pairs on which the judge was calibrated.
+
 Traffic changes, and then nothing is exchangeable. So capital is held between a floor and a ceiling: good years are no
 licence, two or three wrong labels close a rung, and bad years do not forbid a return: what is not served is checked for
 nothing, by which a category finds back alone. From the floor, chance opens a rung beyond the target with probability
@@ -58,17 +62,17 @@ class BudgetRules:
 
     budget: float = 0.01
     """Accepted share of wrong answers among hits by meaning; 0 serves nothing."""
-    risk: float = 0.1
+    risk: float = 0.05
     """Accepted chance that a point beyond the budget is served although the traffic stays as it is."""
     horizon: int = 5000
     """Hits over which the budget is to hold when they are counted; fewer mean more caution."""
     shadow_min: float = 0.05
     """Share of the hits that is always checked."""
-    shadow_max: float = 0.4
+    shadow_max: float = 1.0
     """Share that is checked while little is saved up."""
     watch: float = 4.0
     """Errors of the account that are to be observed before it is used up: more means more checks."""
-    credit: float = 6.0
+    credit: float = 3.0
     """Wrong hits that the account begins with: the first error seen need not close a category."""
     savings_max: float = 40.0
     """Wrong hits that can be saved up at most."""
@@ -106,6 +110,8 @@ class Standing(StrEnum):
 
     LEARNING = "learning"
     """Nothing is served yet; everything is checked."""
+    BELIEVED = "believed"
+    """Served on the judge's own word: there are not yet labels enough to prove it."""
     OPEN = "open"
     EXHAUSTED = "exhausted"
     """Served, and no longer: it answers exact repeats only, until it has learnt enough again."""
@@ -144,7 +150,8 @@ class BudgetFigures:
 class CategoryBudget:
     """One category's budget; five numbers a rung."""
 
-    def __init__(self, rules: BudgetRules) -> None:
+    def __init__(self, rules: BudgetRules, start: float = NEVER) -> None:
+        """`start`: the point from which the judge is believed until labels speak; NEVER believes nothing."""
         self._rules = rules
         self._target = rules.target
         self._enter = math.log(2.0 / rules.risk)
@@ -162,6 +169,9 @@ class CategoryBudget:
         self._labels = [0.0] * len(RUNGS)
         self._wrong = [0.0] * len(RUNGS)
         self._open = [False] * len(RUNGS)
+        self._believed = start < NEVER and rules.budget > 0
+        if self._believed:
+            self._believe(start)
 
     @property
     def limit(self) -> float:
@@ -175,15 +185,19 @@ class CategoryBudget:
         return max(rules.shadow_min, min(rules.shadow_max, rules.watch / max(self._savings, 1e-9)))
 
     def point(self, wanted: float = 0.0) -> float:
-        """The acceptance point: the first rung from `wanted` on that the budget allows; NEVER if there is none."""
-        place = bisect_left(RUNGS, max(wanted, self._limit))
-        return RUNGS[place] if place < len(RUNGS) else NEVER
+        """The acceptance point: `wanted`, or the laxest rung that the budget allows if that is stricter.
 
-    def decide(self, p: float, draw: float, wanted: float = 0.0) -> Decision:
+        Between two rungs `wanted` counts as it is: that those of the candidates above a rung that score better are not
+        worse than all of them is the one thing that the judge is believed.
+        """
+        return max(wanted, self._limit)
+
+    def decide(self, p: float, draw: float, wanted: float = 0.0, *, checks: bool = True) -> Decision:
         """Decide about the best candidate of a look-up, and count it.
 
         `p`: the judge's probability that it serves; `draw`: uniform in [0, 1); `wanted`: the point that the category's
-        rules, the request and the load ask for. Raises ValueError if `p` is no probability.
+        rules, the request and the load ask for; `checks`: whether hits can be checked now: what cannot be seen to be
+        wrong saves nothing up. Raises ValueError if `p` is no probability.
         """
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{p!r} is not a probability")
@@ -195,6 +209,8 @@ class CategoryBudget:
             return Decision(p, False, True, 1.0)
         share = self.share
         self._hits += 1
+        if not checks:
+            return Decision(p, True, False, 0.0)
         self._savings = min(self._rules.savings_max, self._savings + self._rules.budget)
         return Decision(p, True, draw < share, share)
 
@@ -242,6 +258,7 @@ class CategoryBudget:
         """The state in JSON's own types."""
         return {
             "rungs": len(RUNGS),
+            "believed": self._believed,
             "standing": str(self._standing),
             "savings": self._savings,
             "counts": [self._candidates, self._hits, self._checked, self._exhaustions],
@@ -262,6 +279,7 @@ class CategoryBudget:
         try:
             if plain["rungs"] != len(RUNGS):
                 raise ValueError("the state was kept with other rungs")
+            found._believed = bool(plain["believed"])
             found._standing = Standing(plain["standing"])
             found._savings = float(plain["savings"])
             found._candidates, found._hits, found._checked, found._exhaustions = map(int, plain["counts"])
@@ -288,6 +306,14 @@ class CategoryBudget:
         self._claimed[top] += 1.0 - p
         if self._candidates >= self._rules.warmup:
             self._lay()
+
+    def _believe(self, start: float) -> None:
+        """Take the rungs from `start` on for earned: the first wrong labels about them count all the same."""
+        for rung in range(max(0, bisect_right(RUNGS, start) - 1), len(RUNGS)):
+            self._capital[rung] = self._enter + self._rules.room
+            self._open[rung] = True
+        self._limit = self._laxest()
+        self._standing = Standing.BELIEVED
 
     def _lay(self) -> None:
         """Choose where the chains begin, from what the judge claims."""
@@ -336,16 +362,22 @@ class CategoryBudget:
     def _settle(self) -> None:
         limit = self._laxest()
         if limit != NEVER:
-            self._standing = Standing.OPEN
+            if self._standing is not Standing.BELIEVED or self._proven(limit):
+                self._standing = Standing.OPEN
         elif self._limit != NEVER:
             self._standing = Standing.EXHAUSTED
             self._exhaustions += 1
         self._limit = limit
 
+    def _proven(self, limit: float) -> bool:
+        """Whether the labels above a believed point are as many as would have earned it."""
+        return self._labels[bisect_left(RUNGS, limit)] * self._target >= self._enter
+
     def _laxest(self) -> float:
         """The laxest rung that a chain of open rungs leads to."""
         laxest = len(RUNGS)
-        for rung in self._starts:
+        believed = (len(RUNGS) - 1,) if self._believed else ()
+        for rung in (*self._starts, *believed):
             while rung >= 0 and self._open[rung]:
                 laxest = min(laxest, rung)
                 rung -= 1

@@ -135,7 +135,41 @@ def test_the_wanted_point_is_kept_where_it_is_stricter() -> None:
     assert budget.point(0.0) == budget.limit
     assert budget.point(0.9999) >= 0.9999
     assert not budget.decide(0.99, 0.0, wanted=0.999).serve
-    assert budget.point(0.9999999) == NEVER
+    assert budget.point(0.9999999) == 0.9999999
+    assert CategoryBudget(RULES).point(0.9) == NEVER
+
+
+def test_a_believed_judge_is_served_at_once_and_closed_by_the_first_wrong_answers() -> None:
+    budget = CategoryBudget(RULES, start=0.9)
+    assert budget.figures().standing is Standing.BELIEVED
+    assert budget.decide(0.91, 0.5, wanted=0.9).serve
+    assert not budget.decide(0.89, 0.5, wanted=0.9).serve
+    for _ in range(3):
+        budget.learn(budget.decide(0.92, 0.0, wanted=0.9), 1.0)
+    assert not budget.decide(0.92, 0.5, wanted=0.9).serve
+    # What is stricter than all that was wrong stays open.
+    assert budget.decide(0.99, 0.5, wanted=0.9).serve
+
+
+def test_a_believed_judge_is_proven_by_as_many_labels_as_would_have_earned_it() -> None:
+    budget = CategoryBudget(RULES, start=0.9)
+    drive(budget, 0.0, 2000, wanted=0.9)
+    assert budget.figures().standing is Standing.OPEN
+    assert CategoryBudget(BudgetRules(budget=0.0), start=0.9).limit == NEVER
+
+
+def test_a_believed_judge_that_is_wrong_keeps_its_budget_in_the_end() -> None:
+    hits, wrong = drive(CategoryBudget(RULES, start=0.9), 0.3, 5000, wanted=0.9)
+    assert wrong <= 10
+    assert hits < 60
+
+
+def test_hits_that_cannot_be_checked_save_nothing_up() -> None:
+    budget = CategoryBudget(RULES, start=0.9)
+    before = budget.figures().savings
+    decision = budget.decide(0.99, 0.0, checks=False)
+    assert (decision.serve, decision.check) == (True, False)
+    assert budget.figures().savings == before
 
 
 def test_a_budget_of_nothing_serves_nothing() -> None:
