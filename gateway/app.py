@@ -85,6 +85,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             metrics=metrics,
             max_answer=settings.cache.max_answer,
             stale_grace=settings.cache.stale_grace,
+            sharing=settings.cache.sharing.rules() if settings.cache.shared else None,
         )
         stack.push_async_callback(pipeline.close)
         health = HealthDoor(lambda: {"store": store.loaded.is_set()} | {item.name: item.ready for item in engines})

@@ -172,7 +172,7 @@ class CachedDoor:
         raw = await inbox.read(request.headers, self._max_body)
         plan = self._pipeline.plan(self._call(request, raw, respond.request_id), request.headers)
         hit = self._pipeline.hot(plan)
-        if hit is not None:
+        if hit is not None and not self._pipeline.takes_time(plan, hit):
             await self._pipeline.answer_hit(plan, hit, respond)
             return
         await inbox.until_gone(self._pipeline.answer(plan, respond))

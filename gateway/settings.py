@@ -33,6 +33,8 @@ from policies.freshness import FreshnessRules
 from policies.personal import Handling
 from policies.sharing import SharingRules
 
+SHARED = "shared"
+"""The namespace of what tenants share."""
 _GIB = 2**30
 _ROUNDING = 1e-9
 """By how much shares that add up to the whole may seem to exceed it."""
@@ -363,6 +365,12 @@ class Settings(_Group):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"the name {repeated[0]!r} is used twice")
         return value
+
+    @model_validator(mode="after")
+    def _nobody_is_everybody(self) -> Self:
+        if self.cache.shared and any(tenant.name == SHARED for tenant in self.tenants):
+            raise _KeyFault("tenants", f"with cache.shared, {SHARED!r} is the name of what all tenants share")
+        return self
 
     def effective_upstreams(self) -> tuple[Upstream, ...]:
         """Return the backends; none set means the bundled engine with the bundled model."""

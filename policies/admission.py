@@ -32,6 +32,9 @@ def admit(
 
 
 def lifetime(policy: CategoryPolicy, controls: Controls, horizon: Horizon, draw: float) -> float:
-    """Seconds that an admitted answer lives; `draw` is uniform in [0, 1). A TTL that the client names is not jittered."""
+    """Return the seconds that an admitted answer lives; `draw` is uniform in [0, 1).
+
+    A TTL that the client names is not jittered.
+    """
     ttl = policy.freshness.ttl(policy.ttl, horizon)
     return ttl if controls.ttl is not None else jittered(ttl, policy.ttl_jitter, draw)

@@ -7,7 +7,7 @@ prices go stale in minutes, a wrong medical answer costs more than a missed hit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policies.controls import Controls, Mode
@@ -36,9 +36,9 @@ class CategoryPolicy:
     """Accepted probability of a wrong answer among semantic hits."""
     max_relax: float = 0.0
     """How far the threshold may fall under load."""
-    ttl_jitter: float = 0.05
+    ttl_jitter: float = 0.02
     """Share by which a TTL may be shortened at random, so that what came together does not expire together."""
-    freshness: FreshnessRules = FreshnessRules()
+    freshness: FreshnessRules = field(default_factory=FreshnessRules)
     stale_while_revalidate: float = 0.0
     """Seconds after its expiry in which an answer is served at once while it is fetched anew."""
     stale_if_error: float = 0.0

@@ -1,7 +1,7 @@
 """A near answer as an example for a cheaper model (IC-Cache, arXiv 2501.12689).
 
-What is too far to be served may still show a smaller model how such a question is answered. The example goes in as a turn
-of question and answer right before the question itself; the call is the cheaper model's from then on, key and all.
+What is too far to be served may still show a smaller model how such a question is answered. The example goes in as a
+turn of question and answer right before the question itself; the call is the cheaper model's from then on, key and all.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ _phrases(
         "currently": r"(?<!i am )(?<!i'm )currently(?! (?:i|i'm|am|working|using|taking|studying|living)\b)",
         "moment present": r"at the moment|at present|en (?:ce|este) mom\w+|in questo momento|im moment",
         "far": r"so far(?! (?:away|from|as|that))",
-        "current": r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+",
+        "current": (
+            r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+"
+        ),
         "latest newest recent": r"(?:latest|newest|most recent) \w+",
         "live breaking": r"(?:live|breaking) (?:score|stream|coverage|news|update|result|stat\w*|price|data|traffic)s?",
         "real realtime date": r"real-? ?time (?:data|price|rate|info\w*|update|score)s?|up-to-date",
@@ -204,24 +206,14 @@ class Serving(StrEnum):
     EXPIRED = "expired"
 
 
-@dataclass(frozen=True, slots=True)
-class StaleRules:
-    """For how many seconds after its expiry an answer is still good for something (RFC 5861)."""
-
-    while_revalidate: float = 0.0
-    if_error: float = 0.0
-
-
-def serving(now: float, expires: float, rules: StaleRules, *, accepted: float = 0.0) -> Serving:
-    """What an answer that expires at `expires` is good for; `accepted` is the client's own stale-if-error (seconds)."""
+def serving(now: float, expires: float, *, while_revalidate: float, if_error: float) -> Serving:
+    """Say what an answer that expires at `expires` is good for (RFC 5861); the others are seconds after its expiry."""
     late = now - expires
     if late < 0:
         return Serving.FRESH
-    if late < rules.while_revalidate:
+    if late < while_revalidate:
         return Serving.REVALIDATE
-    if late < max(rules.if_error, accepted):
-        return Serving.ON_ERROR
-    return Serving.EXPIRED
+    return Serving.ON_ERROR if late < if_error else Serving.EXPIRED
 
 
 _ROWS = 4

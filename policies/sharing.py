@@ -20,7 +20,9 @@ _LONGEST_GIST = 1024
 _DIGEST = b"\0"
 """What a digest begins with; no word does."""
 _WORD = re.compile(r"\w+(?:['’.,:]\w+)*")
-_DENIES = frozenset(b"no not never none nothing neither nor cannot without false wrong kein keine nicht nie pas".split())
+_DENIES = frozenset(
+    b"no not never none nothing neither nor cannot without false wrong kein keine nicht nie pas".split()
+)
 _ALIKE = 0.6
 """Share of the word pairs of two answers that they must have in common."""
 

@@ -87,7 +87,7 @@ def test_a_bare_noun_stands_alone_only_at_the_start() -> None:
 
 
 @settings(deadline=None)
-@given(st.text(max_size=400), st.booleans())
+@given(st.text(max_size=100), st.booleans())
 def test_any_text_is_judged_or_declined(text: str, first: bool) -> None:
     assert leaning(text, first=first) in {None, *Leaning}
 

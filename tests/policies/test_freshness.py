@@ -11,7 +11,6 @@ from policies.freshness import (
     Horizon,
     Serving,
     Sightings,
-    StaleRules,
     horizon,
     jittered,
     serving,
@@ -103,12 +102,12 @@ def test_a_jitter_beyond_the_whole_is_refused() -> None:
     ],
 )
 def test_what_an_answer_is_good_for(late: float, accepted: float, expected: Serving) -> None:
-    rules = StaleRules(while_revalidate=10.0, if_error=60.0)
-    assert serving(1000.0 + late, 1000.0, rules, accepted=accepted) is expected
+    found = serving(1000.0 + late, 1000.0, while_revalidate=10.0, if_error=max(60.0, accepted))
+    assert found is expected
 
 
 def test_without_rules_what_is_late_is_gone() -> None:
-    assert serving(0.0, 0.0, StaleRules()) is Serving.EXPIRED
+    assert serving(0.0, 0.0, while_revalidate=0.0, if_error=0.0) is Serving.EXPIRED
 
 
 def key(number: int) -> bytes:

@@ -70,7 +70,11 @@ def test_forgetting_begins_anew() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.sampled_from([b"x", b"y"]), st.floats(0, 100)), max_size=80))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 5), st.sampled_from([b"x", b"y"]), st.floats(0, 100)), max_size=80
+    )
+)
 def test_bounds_hold_and_only_agreeing_tenants_confirm(offers: list[tuple[int, int, bytes, float]]) -> None:
     shared = table(tenants=3, window=50.0, questions=4, per_tenant=2)
     said: dict[int, dict[int, bytes]] = {}
