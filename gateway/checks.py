@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 
 import orjson
@@ -20,7 +20,8 @@ from gateway.generation import backend_request
 from gateway.load import Loads
 from gateway.nearmisses import NearMisses
 from gateway.plan import Plan
-from gateway.semantic import Looked
+from gateway.semantic import COMPARED, Looked
+from gateway.settings import Price
 from gateway.trust import Ruling, Trust
 from gateway.trustmetrics import TrustMetrics
 from gateway.upstream import Router
@@ -29,8 +30,6 @@ from policies.reasons import Check
 
 log = logging.getLogger(__name__)
 
-LARGEST = 64 * 2**10
-"""Bytes of an answer that is compared."""
 _CLEAR = 0.1
 """Labels up to this far from 0 and 1 are counted as right and wrong."""
 
@@ -60,7 +59,10 @@ class Checks:
         near_misses: NearMisses,
         metrics: TrustMetrics,
         rules: CheckRules,
+        prices: Mapping[str, Price],
     ) -> None:
+        """`prices` of the upstreams that have one, by name."""
+        self._prices = prices
         self._trust = trust
         self._comparer = comparer
         self._router = router
@@ -88,10 +90,11 @@ class Checks:
         ruling = looked.ruling
         if ruling is None:
             return
+        self._trust.fetched(ruling.category, looked.fetching, hit.cost, self._price(plan, hit))
         self._trust.served(plan.key, plan.call.namespace, ruling, time.monotonic())
         decision = self._trust.settle(ruling, checks=self._may_ask(plan, hit))
         if decision is not None and decision.check:
-            self._begin(lambda: self._shadow(plan, looked, ruling, decision, hit), 2 * LARGEST)
+            self._begin(lambda: self._shadow(plan, looked, ruling, decision, hit), 2 * COMPARED)
 
     def generated(self, plan: Plan, looked: Looked, body: bytes) -> None:
         """A backend answered what no candidate was served for: compare the best one's answer for nothing."""
@@ -99,7 +102,7 @@ class Checks:
         if ruling is None or ruling.serve:
             return
         decision = self._trust.settle(ruling, checks=True)
-        comparable = stored is not None and len(body) <= LARGEST
+        comparable = stored is not None and len(body) <= COMPARED
         if decision is None or not decision.check or stored is None or not comparable:
             self._near_misses.note(plan.call.namespace, looked, None)
             return
@@ -107,13 +110,21 @@ class Checks:
         if not self._begin(lambda: self._compare(plan, looked, ruling, decision, stored, body), size):
             self._near_misses.note(plan.call.namespace, looked, None)
 
+    def _price(self, plan: Plan, hit: Hit) -> float:
+        """What generating the answer would have cost."""
+        price = self._prices.get(hit.upstream)
+        if price is None:
+            return 0.0
+        usage = plan.wire.inspect(orjson.loads(hit.body))
+        return (usage.prompt_tokens * price.input + usage.completion_tokens * price.output) / 1e6
+
     def _may_ask(self, plan: Plan, hit: Hit) -> bool:
         """Whether a hit can be checked now. None of this depends on whether it is right."""
         crowded = len(self._tasks) >= self._rules.waiting
         loaded = self._loads.of(plan.pool).level >= self._rules.busy_above
         if crowded:
             self._metrics.check(Check.CROWDED_OUT)
-        return not crowded and not loaded and len(hit.body) <= LARGEST
+        return not crowded and not loaded and len(hit.body) <= COMPARED
 
     def _begin(self, work: Callable[[], Coroutine[None, None, None]], size: int) -> bool:
         if len(self._tasks) >= self._rules.waiting:
@@ -144,7 +155,7 @@ class Checks:
             if reply.status != 200:
                 self._metrics.check(Check.FAILED)
                 return
-            body = await reply.read(LARGEST)
+            body = await reply.read(COMPARED)
         await self._compare(plan, looked, ruling, decision, hit, body)
 
     async def _compare(

@@ -38,7 +38,9 @@ class Comparer:
         self._router = router
         self._model = model
 
-    async def wrong(self, plan: Plan, question: str, policy: CategoryPolicy, stored: bytes, fresh: bytes) -> float | None:
+    async def wrong(
+        self, plan: Plan, question: str, policy: CategoryPolicy, stored: bytes, fresh: bytes
+    ) -> float | None:
         """Return how wrong the stored answer is, 0 to 1; None where the two cannot be compared.
 
         Both are bodies of whole answers. Raises EmbedderError, ApiError.

@@ -27,8 +27,11 @@ class Capacity:
 class Loads:
     """The load of each backend, brought up to date whenever it is asked for."""
 
-    def __init__(self, capacities: Mapping[str, Capacity], clock: Callable[[], float] = time.monotonic) -> None:
-        """`capacities` by the upstreams' names."""
+    def __init__(
+        self, capacities: Mapping[str, Capacity], stretch: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`capacities` by the upstreams' names; `stretch`: by how much of itself a TTL grows at full load."""
+        self.stretch = stretch
         self._capacities = capacities
         self._clock = clock
         self._loads: dict[str, Load] = {}

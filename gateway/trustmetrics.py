@@ -36,7 +36,9 @@ class TrustMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._checks = Counter("hitpath_checks", "Stored answers compared with the backend's.", ["outcome"], registry=registry)
+        self._checks = Counter(
+            "hitpath_checks", "Stored answers compared with the backend's.", ["outcome"], registry=registry
+        )
         self._complaints = Counter("hitpath_complaints", "Hits said to be wrong.", ["kind"], registry=registry)
         for outcome in Check:
             self._checks.labels(outcome)
@@ -51,7 +53,9 @@ class TrustMetrics:
         """Count a complaint."""
         self._complaints.labels(kind).inc()
 
-    def watch(self, stats: Callable[[], Mapping[str, Mapping[str, Any]]], loads: Callable[[], Mapping[str, Load]]) -> None:
+    def watch(
+        self, stats: Callable[[], Mapping[str, Mapping[str, Any]]], loads: Callable[[], Mapping[str, Load]]
+    ) -> None:
         """Read these figures whenever the metrics are asked for."""
         self._registry.register(_Figures(stats, loads))
 

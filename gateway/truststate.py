@@ -58,7 +58,9 @@ class TrustFile:
                 await asyncio.to_thread(_write, self._path, plain)
             except OSError as error:
                 if not self._failing:
-                    log.error("%s cannot be written: %s; error budgets go on, and are forgotten at a crash", self._path, error)
+                    log.error(
+                        "%s cannot be written: %s; error budgets go on, and are forgotten at a crash", self._path, error
+                    )
                 self._failing = True
                 return
             self._failing = False
