@@ -14,7 +14,6 @@ import pytest_asyncio
 
 from gateway.app import open_gateway
 from gateway.embedding import EmbedderError
-from gateway.embedding.local import load
 from gateway.settings import Settings
 from loadtest.scripted import answer_text
 from tests.fakes import Hang, Normal, NotHttp, Script, ScriptedUpstream, error_reply, json_reply, refused_url
@@ -36,14 +35,6 @@ CACHE: dict[str, Any] = {
         {"category": name, "when": {"system_contains": f"be {name}"}} for name in ("careful", "literal", "never")
     ],
 }
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory in whose cache the embedder's file is built."""
-    data_dir = tmp_path_factory.mktemp("embedder")
-    load(data_dir)
-    return data_dir
 
 
 def local_settings(data_dir: Path, built: Path, upstream: ScriptedUpstream, **cache: Any) -> Settings:
