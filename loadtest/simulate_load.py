@@ -22,6 +22,7 @@ import heapq
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
         refused=refusals / len(calls),
         wait_p95=float(np.quantile(waits, 0.95)) if waits else 0.0,
         engaged=float(np.mean(engaged)),
-        changes=sum(one != two for one, two in zip(engaged, engaged[1:], strict=False)),
+        changes=sum(one != two for one, two in pairwise(engaged)),
     )
     return result, engaged
 

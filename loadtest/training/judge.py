@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, export, calibrate, write."""
     chosen = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    started, used = time.monotonic(), time.process_time()
+    used = time.process_time()
     samples = read_sets(data_dir() / "pairs")
     learn, tested = split(samples)
     source = find_model()
@@ -202,11 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     net = PairNet.start(weights)
     if chosen.weights is None:
         average = train(net, (learn, derived(learn, samples)), tokens, chosen.epochs, SEED, chosen.keep)
+        minutes = (time.process_time() - used) / 60
     else:
-        average = torch.load(chosen.weights)
+        known = torch.load(chosen.weights)
+        average, minutes = known["weights"], known["minutes"]
     if chosen.save is not None:
-        torch.save(average, chosen.save)
-    minutes = ((time.monotonic() - started) / 60, (time.process_time() - used) / 60)
+        torch.save({"weights": average, "minutes": minutes}, chosen.save)
     state = {name: value.numpy() for name, value in average.items()}
     words = net.words.numpy()
     rows = [
