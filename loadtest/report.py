@@ -79,10 +79,10 @@ def sets_table(reports: Mapping[str, PairReport]) -> str:
 
 def placed(page: str, name: str, table: str) -> str:
     """Put a table between its marks in a page. Raises ValueError when the page has none."""
-    marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
     if not marks.search(page):
         raise ValueError(f"there is no <!-- {name} --> … <!-- end -->")
-    return marks.sub(lambda found: found[1] + table + found[2], page)
+    return marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page)
 
 
 def _judge(folder: Path) -> dict[str, str]:
