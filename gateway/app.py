@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from gateway.errors import UnknownPathError
 from gateway.feedback import FeedbackDoor
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Request
 from gateway.judge import JudgeError
+from gateway.judge.load import FOLDER as JUDGE_FOLDER
 from gateway.judge.load import load as load_judge
 from gateway.judge.pairjudge import PairJudge
 from gateway.metrics import Metrics
@@ -149,13 +151,13 @@ async def open_store(settings: Settings, table: CategoryTable, embedder: Embedde
     return await Store.open(settings.data_dir, options, eviction=ValuePerByte())
 
 
-async def open_judge(settings: Settings) -> Judge:
+async def open_judge(settings: Settings, folder: Path = JUDGE_FOLDER) -> Judge:
     """Open the judge of the settings. Raises JudgeError when its files cannot be used and may not be done without."""
     cache = settings.cache
     if cache.judge.kind == "threshold" or isinstance(cache.embedder, NoEmbedder) or not cache.table().compares:
         return ThresholdJudge()
     try:
-        model, head = await asyncio.to_thread(load_judge)
+        model, head = await asyncio.to_thread(load_judge, folder)
     except JudgeError as error:
         if cache.judge.on_missing == "stop":
             raise

@@ -179,6 +179,12 @@ _POINTER = re.compile(
     r"|\b(?:el|la) (?:primer[oa]|segund[oa]|tercer[oa]|últim[oa])$"
 )
 
+_REVISING = re.compile(
+    r"\b(?:review|correct|fix|check|revise|redo|repeat|reformat|try) your (?:\w+ )?"
+    r"(?:output|answer|reply|response|action|command|format)s?\b"
+)
+"""Asks for another try at what was answered, however long the complaint is."""
+
 _ANAPHOR = _words("it its they them their theirs he him his she her hers these those itself themselves")
 _DETERMINER = _words(
     "a an the my your our his her their some any every each all both no which what's whose many most two three"
@@ -208,8 +214,11 @@ _POINTING = re.compile(
 
 
 def _points_back(words: list[str]) -> bool:
-    """Whether a short text speaks of what was said before; a long one has said it itself."""
-    return len(words) <= _LONGEST_POINTING and _POINTER.search(" ".join(words)) is not None
+    """Whether a text speaks of what was said before; most that a long one speaks of it has said itself."""
+    joined = " ".join(words)
+    if _REVISING.search(joined):
+        return True
+    return len(words) <= _LONGEST_POINTING and _POINTER.search(joined) is not None
 
 
 def _dangling(words: list[str], first: bool) -> bool:

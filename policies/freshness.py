@@ -114,7 +114,8 @@ _phrases(
         "moment present": r"at the moment|at present|en (?:ce|este) mom\w+|in questo momento|im moment",
         "far": r"so far(?! (?:away|from|as|that))",
         "current": (
-            r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age|password|job)\w+"
+            r"current (?!affairs|of|in|flow|through|density|sensor|account|source|total|number|count|age"
+            r"|password|job)\w+"
         ),
         "latest newest recent": r"(?:latest|newest|most recent) \w+",
         "live breaking": r"(?:live|breaking) (?:score|stream|coverage|news|update|result|stat\w*|price|data|traffic)s?",

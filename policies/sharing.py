@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import pairwise
 
 Gist = bytes
 """What is remembered of an answer that waits: its words, or a digest of them."""
@@ -20,9 +21,7 @@ _LONGEST_GIST = 1024
 _DIGEST = b"\0"
 """What a digest begins with; no word does."""
 _WORD = re.compile(r"\w+(?:['’.,:]\w+)*")
-_DENIES = frozenset(
-    b"no not never none nothing neither nor cannot without false wrong kein keine nicht nie pas".split()
-)
+_DENIES = frozenset(b"no not never none nothing neither nor cannot without false wrong kein keine nicht nie".split())
 _ALIKE = 0.6
 """Share of the word pairs of two answers that they must have in common."""
 
@@ -42,7 +41,7 @@ def agree(one: Gist, other: Gist) -> bool:
     words, others = one.split(), other.split()
     if _decisive(words) != _decisive(others):
         return False
-    pairs, other_pairs = set(zip(words, words[1:], strict=False)), set(zip(others, others[1:], strict=False))
+    pairs, other_pairs = set(pairwise(words)), set(pairwise(others))
     either = pairs | other_pairs
     return bool(either) and len(pairs & other_pairs) >= _ALIKE * len(either)
 

@@ -48,6 +48,7 @@ from policies.scope import comparable
         ("Rewrite your answer as a list", Leaning.REFERENCE),
         ("As you said, prices went up. By how much?", Leaning.REFERENCE),
         ("That does not work", Leaning.REFERENCE),
+        ("Always give one action. I found 3. " * 5 + "Please review your output.", Leaning.REFERENCE),
         ("<returncode>0</returncode>\n<output>\nok\n</output>", Leaning.TOOL_RESULT),
         ("Observation: 3 files changed", Leaning.TOOL_RESULT),
         ('{"status": "ok"}', Leaning.TOOL_RESULT),
@@ -75,6 +76,10 @@ def test_what_leans(text: str, expected: Leaning) -> None:
         "Wie lange kocht man ein Ei?",
         "What if the sun disappeared?",
         "法国的首都是哪里？",
+        "Is it a good idea to go to law school if you don't want to be a lawyer?",
+        "What is gravity? Is it a wave?",
+        "Kleptomania, can it be passed down in the genes?",
+        "Tyrion changes his face mask two times every time he goes out. How many face masks does he need in a month?",
     ],
 )
 def test_what_stands_alone(text: str) -> None:
