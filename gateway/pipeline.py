@@ -13,26 +13,32 @@ from math import inf
 from random import random
 from typing import assert_never
 
+import orjson
+
 from cachestore import Hit, Store
 from gateway.answering import Answering, Ride
 from gateway.call import Call, exact_key, origin
 from gateway.errors import ApiError, BadRequestError, NotCachedError
 from gateway.example import Shown, show_example
+from gateway.explain import Explainer
 from gateway.flight import Flight, Flights, Passenger
 from gateway.generation import Generation, backend_request
 from gateway.keeping import Keeper, volatility
+from gateway.load import Loads
 from gateway.metrics import Metrics
 from gateway.plan import FlightHead, Found, Generated, Plan, Shared, Streaming
 from gateway.refresh import Refreshes
-from gateway.responder import Responder, miss_status
+from gateway.responder import JSON, Responder, miss_status
 from gateway.semantic import Looked, SemanticRoom
 from gateway.timing import Timing
+from gateway.trusting import Trusting
 from gateway.upstream import Ask, Router
 from gateway.wire.pace import Pace
 from policies.canonical import digest
 from policies.category import CategoryPolicy, CategoryTable, UnknownCategoryError
 from policies.controls import Mode
 from policies.freshness import Horizon, Serving, serving
+from policies.load import Relief
 from policies.reasons import Bypass, Miss, NotStored
 from policies.scope import comparable
 from policies.sharing import SharingRules
@@ -54,10 +60,12 @@ class Pipeline:
         max_answer: int,
         stale_grace: float,
         sharing: SharingRules | None = None,
+        trusting: Trusting | None = None,
+        loads: Loads | None = None,
         clock: Callable[[], float] = time.time,
         draw: Callable[[], float] = random,
     ) -> None:
-        """`semantic` is None when nothing is compared by meaning, `sharing` when tenants share nothing.
+        """`semantic` and `trusting` are None when nothing is compared by meaning, `sharing` when tenants share nothing.
 
         Sizes are in bytes, times in seconds.
         """
@@ -71,6 +79,9 @@ class Pipeline:
         paces = {name: Pace.of(policy.replay_pace) for name, policy in table.policies.items() if policy.replay_pace}
         self._answering = Answering(metrics, clock, paces)
         self._refreshes = Refreshes()
+        self._trusting = trusting
+        self._loads = loads or Loads({})
+        self._explainer = Explainer(store, semantic, None if trusting is None else trusting.trust, self._loads)
         self._stale_grace = stale_grace
         self._clock = clock
         self._flights = Flights[FlightHead](max_answer, lambda delta: store.charge("streams", delta))
@@ -107,6 +118,21 @@ class Pipeline:
         plan.timing.add("exact", time.perf_counter() - started)
         return hit
 
+    async def explain(self, plan: Plan, respond: Responder) -> None:
+        """Say what would be done with a call, and why; do nothing."""
+        hit, objection = await self._stored(plan) if plan.bypass is None else (None, None)
+        looked = await self._look(plan, dry=True) if plan.bypass is None else self._unlooked(plan)
+        document = await self._explainer.document(plan, hit, objection, looked)
+        await respond.whole(200, [JSON, (b"cache-status", b"hitpath; detail=explain")], orjson.dumps(document))
+
+    async def _stored(self, plan: Plan) -> tuple[Hit | None, Miss | None]:
+        """What lies under the key and what speaks against it; counts nothing."""
+        id = self._store.known(plan.key)
+        if id is None and plan.shared is not None:
+            id = self._store.known(plan.shared.key)
+        hit = None if id is None else await self._store.peek(id)
+        return (None, None) if hit is None else (hit, self._objection(hit, plan))
+
     def takes_time(self, plan: Plan, hit: Hit) -> bool:
         """Whether a stored answer is sent at a pace: its client may leave meanwhile."""
         return self._answering.paced(plan, hit)
@@ -122,6 +148,8 @@ class Pipeline:
         if plan.bypass is not None:
             await self._forward(plan, plan.bypass, respond)
             return
+        if plan.call.controls.no_cache and self._trusting is not None:
+            await self._trusting.corrections.refreshed(plan.key, plan.call.namespace)
         hit, reason = await self._exact(plan)
         if hit is not None and reason is None:
             await self.answer_hit(plan, hit, respond)
@@ -209,9 +237,9 @@ class Pipeline:
 
         self._metrics.refresh("started" if self._refreshes.begin(plan.key, fetch) else "declined")
 
-    async def _look(self, plan: Plan) -> Looked:
+    async def _look(self, plan: Plan, *, dry: bool = False) -> Looked:
         """Look for an answer of the same meaning; one that is too old for such a question is none."""
-        looked = await self._compare(plan)
+        looked = await self._compare(plan, dry=dry)
         looked = replace(looked, horizon=volatility(plan, looked.found))
         if not isinstance(looked.found, Hit):
             return looked
@@ -220,23 +248,28 @@ class Pipeline:
         longest = looked.policy.freshness.ttl(inf, looked.horizon)
         return looked if self._clock() - looked.found.created < longest else replace(looked, found=Miss.VOLATILE)
 
-    async def _compare(self, plan: Plan) -> Looked:
+    async def _compare(self, plan: Plan, *, dry: bool) -> Looked:
         """Ask the semantic room, if this call can be compared at all."""
         decided = plan.decided
         if self._semantic is not None and (decided is None or decided.mode is Mode.SEMANTIC):
             asked = comparable(plan.call.endpoint, plan.fields)
             if asked is not None:
                 shared = None if plan.shared is None else plan.shared.origin
+                load = Relief(self._loads.of(plan.pool).relief, self._loads.stretch)
                 return await self._semantic.look(
-                    plan.origin, asked, decided, plan.call.controls, plan.timing, shared=shared
+                    plan.origin, asked, decided, plan.call.controls, plan.timing, shared=shared, load=load, dry=dry
                 )
-        policy = decided or self._table.fallback().under(plan.call.controls)
-        return Looked(policy, Miss.ABSENT)
+        return self._unlooked(plan)
+
+    def _unlooked(self, plan: Plan) -> Looked:
+        return Looked(plan.decided or self._table.fallback().under(plan.call.controls), Miss.ABSENT)
 
     async def _generate(self, plan: Plan, flight: Flight[FlightHead]) -> None:
         """Produce a flight: an answer of the same meaning, or a backend's."""
         looked = await self._look(plan)
         if isinstance(looked.found, Hit):
+            if self._trusting is not None:
+                self._trusting.checks.served(plan, looked, looked.found)
             flight.resolve(Found(looked, looked.found))
             return
         shown = await show_example(self._store, self._router, plan, looked)
@@ -274,7 +307,17 @@ class Pipeline:
                 await self._generation.stream(plan, looked, backend, reply, flight, started)
             else:
                 flight.resolve(await self._generation.whole(plan, looked, backend, reply, started))
+        self._learn(plan, looked, flight, time.perf_counter() - started)
         return True
+
+    def _learn(self, plan: Plan, looked: Looked, flight: Flight[FlightHead], seconds: float) -> None:
+        """Tell what a backend's answer shows; the cheaper model's shows nothing of what was not served."""
+        head = flight.head.result()
+        if self._trusting is None or looked.found is Miss.EXAMPLE or isinstance(head, Found):
+            return
+        if head.body and (isinstance(head, Streaming) or head.status == 200):
+            self._trusting.trust.generated(looked.policy.name, seconds)
+            self._trusting.checks.generated(plan, looked, head.body)
 
     # --- answering --------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,13 @@ class Timeouts(_Group):
     """Between two pieces of an answer."""
 
 
+class Price(_Group):
+    """What a backend's tokens cost, in any currency, per million."""
+
+    input: Annotated[float, Field(ge=0.0)] = 0.0
+    output: Annotated[float, Field(ge=0.0)] = 0.0
+
+
 class Upstream(_Group):
     """One backend."""
 
@@ -124,6 +131,11 @@ class Upstream(_Group):
     """Models that it serves, with shell-style patterns; left out: asked from the bundled engine, else all."""
     api_key_env: str | None = None
     timeouts: Timeouts = Timeouts()
+    slots: Annotated[int, Field(ge=1, le=2**20)] = 64
+    """Calls that it runs at once without slowing down; its load is measured by this."""
+    objective: Annotated[Duration, Field(gt=0.0)] = 10.0
+    """Seconds that a whole call should take at most; its load is measured by this too."""
+    price: Price | None = None
 
     @model_validator(mode="after")
     def _url_belongs_to_kind(self) -> Self:
@@ -171,6 +183,79 @@ class JudgeSettings(_Group):
     """What happens when the pair model's files are missing or damaged."""
 
 
+class Budgets(_Group):
+    """How error budgets are kept."""
+
+    keep: bool = True
+    start: Literal["judge", "earned"] = "judge"
+    """judge: its word is taken until labels speak; earned: nothing is served by meaning before they do."""
+    risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    horizon: Annotated[int, Field(ge=1)] = 5000
+    checked_min: Annotated[Share, Field(gt=0.0)] = 0.05
+    """Share of the hits that is always checked."""
+    checked_max: Annotated[Share, Field(gt=0.0)] | None = None
+    """Share that is checked while little is known; left out: 10 % where the judge is believed, else all."""
+    concurrent: Annotated[int, Field(ge=1, le=256)] = 2
+    waiting: Annotated[int, Field(ge=1, le=4096)] = 64
+    busy_above: Probability = 0.5
+    """Load from which on no hit is checked."""
+    judge_model: str | None = None
+    """Model that compares two answers where words and similarity do not tell."""
+    refresh_within: Duration = 10.0
+    """How soon after a hit by meaning a refresh counts as a complaint."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.checked_min > self.most:
+            raise _KeyFault("checked_min", f"{self.checked_min:.0%} is above checked_max, which is {self.most:.0%}")
+        return self
+
+    @property
+    def most(self) -> float:
+        """The share that is checked while little is known."""
+        return (0.1 if self.start == "judge" else 1.0) if self.checked_max is None else self.checked_max
+
+
+class Economics(_Group):
+    """When comparing by meaning is skipped because it does not pay."""
+
+    skip: bool = True
+    evidence: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Look-ups before anything is judged, and the length of a probe."""
+    pause: Annotated[int, Field(ge=1, le=10**8)] = 5000
+    """Calls that the first pause skips."""
+    longest_pause: Annotated[int, Field(ge=1, le=10**9)] = 160_000
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.pause > self.longest_pause:
+            raise _KeyFault("pause", f"{self.pause} is above longest_pause, which is {self.longest_pause}")
+        return self
+
+
+class LoadSettings(_Group):
+    """When a backend counts as loaded, and what gives way then."""
+
+    engage: Probability = 0.5
+    release: Probability = 0.25
+    rise: Annotated[Duration, Field(gt=0.0)] = 2.0
+    fall: Annotated[Duration, Field(gt=0.0)] = 20.0
+    stretch: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.release >= self.engage:
+            raise _KeyFault("release", f"{self.release:g} is not below engage, which is {self.engage:g}")
+        return self
+
+
+class NearMissSettings(_Group):
+    """The log of what came close and was not served."""
+
+    keep: Annotated[Literal["off", "figures", "text"], BeforeValidator(_yaml_off)] = "off"
+    size: Size = 8 * 2**20
+
+
 class Quota(_Group):
     """A category's share of the cache: kept for it, and lent to it only while free."""
 
@@ -214,7 +299,7 @@ class CategoryRules(_Group):
     threshold: Probability | None = None
     ttl: Duration | None = None
     quota: Quota | None = None
-    error_budget: Probability | None = None
+    error_budget: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     max_relax: Probability | None = None
     ttl_jitter: Annotated[Share, Field(lt=1.0)] | None = None
     freshness: Freshness | None = None
@@ -296,6 +381,10 @@ class Cache(_Group):
         kind="local"
     )
     judge: JudgeSettings = JudgeSettings()
+    budgets: Budgets = Budgets()
+    economics: Economics = Economics()
+    load: LoadSettings = LoadSettings()
+    near_misses: NearMissSettings = NearMissSettings()
     default: CategoryRules = CategoryRules()
     categories: dict[Name, CategoryRules] = {}
     rules: tuple[CategoryRule, ...] = ()

@@ -159,10 +159,14 @@ class _Bench:
             return Outcome(pair.label, NEVER, served=False)
         await self._put(tenant, pair.a, stored)
         scored = await self._look(tenant, pair.b, open_to_all=True)
-        # Would the gateway, as it is set, have kept `a` for comparison, and found it?
-        kept = (await self._look(tenant, pair.a, open_to_all=False)).vector is not None
-        served = kept and isinstance((await self._look(tenant, pair.b, open_to_all=False)).found, Hit)
+        # What is refused although all is let through to the judge is refused at any settings.
+        served = isinstance(scored.found, Hit) and await self._served(tenant, pair)
         return Outcome(pair.label, NEVER if scored.score is None else scored.score, served)
+
+    async def _served(self, tenant: str, pair: Pair) -> bool:
+        """Would the gateway, as it is set, have kept `a` for comparison, and found it?"""
+        kept = (await self._look(tenant, pair.a, open_to_all=False)).vector is not None
+        return kept and isinstance((await self._look(tenant, pair.b, open_to_all=False)).found, Hit)
 
     async def _look(self, tenant: str, text: str, *, open_to_all: bool) -> Looked:
         origin, asked = _question(tenant, text)
@@ -229,15 +233,21 @@ async def _bench(settings: Settings, embedder: Embedder, judge: Judge) -> AsyncI
 
 async def evaluate_pairs(paths: Sequence[Path], settings: Settings) -> list[PairReport]:
     """Measure each file in turn. Raises DataError, EmbedderError, JudgeError, StoreError."""
-    files = [(path, [pair for pair in read_pairs(path) if pair.label != -1]) for path in paths]
+    files = [read_pairs(path) for path in paths]
+    found = await ask_all(files, settings)
+    return [report_pairs(str(path), outcomes) for path, outcomes in zip(paths, found, strict=True)]
+
+
+async def ask_all(sets: Sequence[Sequence[Pair]], settings: Settings) -> list[list[Outcome]]:
+    """Ask every set of pairs a fresh store, those of label -1 left out. Raises what `evaluate_pairs` does."""
     judge = await open_judge(settings)
     embedder = await _embedder(settings)
     try:
-        reports = []
-        for path, pairs in files:
+        found = []
+        for pairs in sets:
             async with _bench(settings, embedder, judge) as bench:
-                reports.append(report_pairs(str(path), await bench.ask(pairs)))
-        return reports
+                found.append(await bench.ask([pair for pair in pairs if pair.label != -1]))
+        return found
     finally:
         await embedder.close()
         await judge.close()

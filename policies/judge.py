@@ -92,8 +92,8 @@ class ThresholdJudge:
     """Accepts the most similar candidate from the category's threshold on."""
 
     def floor(self, policy: CategoryPolicy) -> float:
-        """Return the threshold itself: nothing below it can be accepted."""
-        return policy.threshold
+        """Return the threshold, less what load may take from it: nothing below can be accepted."""
+        return policy.threshold - policy.max_relax
 
     def point(self, policy: CategoryPolicy) -> float:
         """Return the threshold: the score is the similarity."""

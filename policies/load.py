@@ -8,7 +8,9 @@ relief that it brings does not turn it off again at once (a hysteresis, as in a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from policies.category import CategoryPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +34,14 @@ class LoadRules:
     """Relaxing begins at this load,"""
     release: float = 0.25
     """and ends below this one."""
-    stretch: float = 1.0
-    """By how much of itself a TTL grows at full load."""
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.release < self.engage <= 1.0):
             raise ValueError(f"0 <= release < engage <= 1 does not hold: {self.release}, {self.engage}")
         if not (self.queue_free < self.queue_full and self.objective > 0 and self.late > 1 and self.refused_full > 0):
             raise ValueError("queue_free < queue_full, objective > 0, late > 1 and refused_full > 0 must hold")
-        if self.rise <= 0 or self.fall <= 0 or self.stretch < 0:
-            raise ValueError("rise and fall must be positive, stretch not negative")
+        if self.rise <= 0 or self.fall <= 0:
+            raise ValueError("rise and fall must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,26 @@ class Signals:
     """Recent seconds of a call (an upper quantile or a mean); None while unknown."""
     refused: float = 0.0
     """Recent share of calls answered 429."""
+
+
+_NEWEST = 0.1
+"""Weight of the newest call in what is recent."""
+
+
+@dataclass(slots=True)
+class Recent:
+    """What the last calls to a backend were like; times in seconds of a clock that does not jump."""
+
+    latency: float | None = None
+    refused: float = 0.0
+    at: float = -math.inf
+
+    def note(self, seconds: float, *, refused: bool, now: float) -> None:
+        """Take in one call that has ended; one that was refused says nothing about latency."""
+        self.at = now
+        self.refused += _NEWEST * (refused - self.refused)
+        if not refused:
+            self.latency = seconds if self.latency is None else self.latency + _NEWEST * (seconds - self.latency)
 
 
 def pressure(signals: Signals, rules: LoadRules) -> float:
@@ -96,6 +116,22 @@ def relaxed(wanted: float, floor: float, relief: float, max_relax: float) -> flo
     return max(min(floor, wanted), wanted - max_relax * relief)
 
 
-def stretched(ttl: float, relief: float, rules: LoadRules) -> float:
-    """A TTL under load, in seconds. What speaks of the present must not be stretched: shorten it after this."""
-    return ttl * (1.0 + rules.stretch * relief)
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """What the load of a pool lets give way for one call."""
+
+    relief: float = 0.0
+    stretch: float = 0.0
+    """By how much of itself a TTL grows at full load."""
+
+    def stretched(self, policy: CategoryPolicy) -> CategoryPolicy:
+        """The rules with their TTL stretched, where the category may give way at all.
+
+        What speaks of the present is shortened after this, so that it is not stretched.
+        """
+        if self.relief <= 0.0 or policy.max_relax <= 0.0:
+            return policy
+        return replace(policy, ttl=policy.ttl * (1.0 + self.stretch * self.relief))
+
+
+NO_RELIEF = Relief()

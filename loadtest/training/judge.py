@@ -1,8 +1,9 @@
 """Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--epochs N]`.
 
-Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It wants two cores for less than an
-hour, and `OMP_WAIT_POLICY=PASSIVE` in the environment where they are shared: threads that wait for each other by
-spinning take seven times as long then.
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for less than half
+an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
+`MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000`, or a third of the time goes into giving memory
+back. `--keep FILE` lets a run that was stopped go on.
 
 1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
 2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
@@ -116,11 +117,11 @@ def rate(done: float, step: int) -> float:
 
 
 def train(
-    net: PairNet, learn: Mix, tokens: Tokens, epochs: int, seed: int, keep: Path | None = None
+    net: PairNet, learn: Mix, tokens: Tokens, epochs: int, seed: int, keep: Path | None = None, every: int = KEEP
 ) -> dict[str, Tensor]:
     """Train in place; returns the averaged weights. Prints how far it is.
 
-    `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every KEEP steps.
+    `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every so many steps.
     """
     torch.manual_seed(seed)
     net.train()
@@ -150,7 +151,7 @@ def train(
         _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
         if step % 200 == 0:
             print(f"{done:.1%}, step {step}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
-        if keep is not None and step % KEEP == 0:
+        if keep is not None and step % every == 0:
             state = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
             torch.save(state | {"chance": torch.get_rng_state()}, keep)
     return average
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, export, calibrate, write."""
     chosen = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    started, used = time.monotonic(), time.process_time()
+    used = time.process_time()
     samples = read_sets(data_dir() / "pairs")
     learn, tested = split(samples)
     source = find_model()
@@ -202,11 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     net = PairNet.start(weights)
     if chosen.weights is None:
         average = train(net, (learn, derived(learn, samples)), tokens, chosen.epochs, SEED, chosen.keep)
+        minutes = (time.process_time() - used) / 60
     else:
-        average = torch.load(chosen.weights)
+        known = torch.load(chosen.weights)
+        average, minutes = known["weights"], known["minutes"]
     if chosen.save is not None:
-        torch.save(average, chosen.save)
-    minutes = ((time.monotonic() - started) / 60, (time.process_time() - used) / 60)
+        torch.save({"weights": average, "minutes": minutes}, chosen.save)
     state = {name: value.numpy() for name, value in average.items()}
     words = net.words.numpy()
     rows = [

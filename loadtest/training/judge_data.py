@@ -50,6 +50,9 @@ SHARES = {
 }
 """How often a row of a set is seen in an epoch."""
 
+NOISY = ("mrpc", "rqe_medical", "sts_genres", "stsb")
+"""Sets whose labels mean something else (news, entailment, a scale): trained on, not calibrated with."""
+
 
 def read_sets(folder: Path) -> list[Sample]:
     """All pairs that people could decide. Raises DataError."""

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.budget import BudgetRules, CategoryBudget
-from policies.load import Load, LoadRules, Signals, pressure, relaxed, stretched
+from policies.category import CategoryPolicy
+from policies.load import Load, LoadRules, Recent, Relief, Signals, pressure, relaxed
 
 RULES = LoadRules()
 CALM = Signals(in_flight=1, slots=10)
@@ -89,13 +90,29 @@ def test_the_level_stays_a_share(looks: list[tuple[float, int, float]]) -> None:
 
 
 def test_ttl_stretches_with_relief() -> None:
-    assert stretched(100.0, 0.0, RULES) == 100.0
-    assert stretched(100.0, 0.5, RULES) == 150.0
+    relaxing, strict = CategoryPolicy("a", ttl=100.0, max_relax=0.1), CategoryPolicy("b", ttl=100.0)
+    assert Relief(0.0, 1.0).stretched(relaxing).ttl == 100.0
+    assert Relief(0.5, 1.0).stretched(relaxing).ttl == 150.0
+    assert Relief(0.5, 1.0).stretched(strict).ttl == 100.0
+
+
+def test_what_is_recent_forgets() -> None:
+    recent = Recent()
+    recent.note(2.0, refused=False, now=1.0)
+    assert recent.latency == 2.0
+    for _ in range(50):
+        recent.note(9.0, refused=True, now=2.0)
+    assert recent.refused > 0.9
+    assert recent.latency == 2.0
+    for _ in range(50):
+        recent.note(4.0, refused=False, now=3.0)
+    assert recent.refused < 0.1
+    assert recent.latency == pytest.approx(4.0, abs=0.1)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"engage": 0.2}, {"release": 0.6}, {"queue_free": 2.0}, {"late": 1.0}, {"rise": 0.0}, {"stretch": -1.0}],
+    [{"engage": 0.2}, {"release": 0.6}, {"queue_free": 2.0}, {"late": 1.0}, {"rise": 0.0}],
 )
 def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError):
