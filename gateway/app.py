@@ -41,6 +41,7 @@ from policies.classifier import CategoryHead
 from policies.eviction import ValuePerByte
 from policies.judge import Judge, ThresholdJudge
 from policies.quota import Quota
+from policies.wary import WaryJudge
 
 log = logging.getLogger(__name__)
 
@@ -175,8 +176,8 @@ def semantic_room(
     head = CategoryHead.load()
     if not head.fits(embedder.identity):
         log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
-        return SemanticRoom(embedder, None, store, judge, table, trust)
-    return SemanticRoom(embedder, head, store, judge, table, trust)
+        return SemanticRoom(embedder, None, store, WaryJudge(judge), table, trust)
+    return SemanticRoom(embedder, head, store, WaryJudge(judge), table, trust)
 
 
 def _router(settings: Settings, engines: dict[str, Engine]) -> Router:
