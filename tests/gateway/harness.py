@@ -92,7 +92,7 @@ def settings_for(data_dir: Path, *upstreams: ScriptedUpstream | str, **groups: A
 
 
 def comparing(data_dir: Path, built: Path, *upstreams: ScriptedUpstream, **groups: Any) -> Settings:
-    """Settings with the local embedder, whose file is built already, and similarity alone as the judge, whose word is taken."""
+    """Settings with the local embedder, whose file is built already, and similarity as the only judge."""
     if not (data_dir / "cache").exists():
         (data_dir / "cache").symlink_to(built / "cache", target_is_directory=True)
     alone = {"judge": {"kind": "threshold"}, "budgets": {"keep": False}}

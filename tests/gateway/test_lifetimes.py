@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
 import pytest
 
@@ -245,26 +244,26 @@ async def test_a_replay_at_a_pace_says_the_same_in_small_events(client: Client, 
 
 
 def texts(answer: Answer) -> str:
-    said = []
-    for event in answer.events():
-        for choice in event.get("choices", ()):
-            said.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
-        if str(event.get("type", "")).endswith("output_text.delta"):
-            said.append(event["delta"])
-    return "".join(said)
+    return "".join(said for event in answer.events() for said in said_by(event))
+
+
+def said_by(event: Any) -> list[str]:
+    if str(event.get("type", "")).endswith("output_text.delta"):
+        return [event["delta"]]
+    return [item.get("text") or item.get("delta", {}).get("content") or "" for item in event.get("choices", ())]
 
 
 async def test_a_slow_replay_comes_in_pieces_and_ends_when_the_client_goes(client: Client) -> None:
     await client.chat("hello", x_hitpath_category="slowest")
     body = orjson.dumps(chat_body("hello", stream=True))
     headers = {"x-hitpath-category": "slowest", "content-type": "application/json"}
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{client.url}/v1/chat/completions", data=body, headers=headers) as response:
-            assert "detail=exact" in response.headers["cache-status"]
-            first = await response.content.readany()
-            assert first.startswith(b"data: ")
-            assert b"[DONE]" not in first
-            response.close()
+    asked = client.session.post(f"{client.url}/v1/chat/completions", data=body, headers=headers)
+    async with asked as response:
+        assert "detail=exact" in response.headers["cache-status"]
+        first = await response.content.readany()
+        assert first.startswith(b"data: ")
+        assert b"[DONE]" not in first
+        response.close()
     while await metric(client, "hitpath_client_disconnects_total") == 0:
         await asyncio.sleep(0.02)
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from gateway.settings import SettingsError
 from tests.fakes import Reply, ScriptedUpstream, json_reply
-from tests.gateway.harness import ADMIN_KEY, Answer, Client, comparing, serving, settings_for
+from tests.gateway.harness import ADMIN_KEY, Answer, Client, chat_body, comparing, serving, settings_for
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -46,7 +46,7 @@ class Shared:
 
     async def ask(self, tenant: str, text: str, *, model: str = "m", **headers: str) -> Answer:
         named = {"x_hitpath_namespace": self.namespace, "authorization": f"Bearer {tenant}", **headers}
-        return await self.client.chat(text, fields={"model": model}, **named)
+        return await self.client.post("/v1/chat/completions", chat_body(text, model=model), **named)
 
 
 @pytest.fixture
