@@ -18,7 +18,7 @@ from gateway.admin import AdminDoor, HealthDoor, MetricsDoor
 from gateway.embedding import Embedder
 from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
-from gateway.errors import UnknownPathError
+from gateway.errors import UnknownModelError, UnknownPathError
 from gateway.feedback import FeedbackDoor
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Request
 from gateway.judge import JudgeError
@@ -30,7 +30,7 @@ from gateway.pipeline import Pipeline
 from gateway.responder import Responder
 from gateway.semantic import SemanticRoom
 from gateway.settings import LocalEmbedder as LocalEmbedderSettings
-from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, secret
+from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, SettingsError, secret
 from gateway.supervise import Engine
 from gateway.tenants import Tenants
 from gateway.trust import Trust
@@ -41,6 +41,7 @@ from policies.classifier import CategoryHead
 from policies.eviction import ValuePerByte
 from policies.judge import Judge, ThresholdJudge
 from policies.quota import Quota
+from policies.wary import WaryJudge
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         engines = [Engine(item.name, item.model) for item in settings.effective_upstreams() if item.kind == "bundled"]
         router = _router(settings, {engine.name: engine for engine in engines})
         stack.push_async_callback(router.close)
+        _check_examples(settings, router)
         judge = await open_judge(settings)
         stack.push_async_callback(judge.close)
         table = settings.cache.table(judged=isinstance(judge, PairJudge))
@@ -175,8 +177,20 @@ def semantic_room(
     head = CategoryHead.load()
     if not head.fits(embedder.identity):
         log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
-        return SemanticRoom(embedder, None, store, judge, table, trust)
-    return SemanticRoom(embedder, head, store, judge, table, trust)
+        return SemanticRoom(embedder, None, store, WaryJudge(judge), table, trust)
+    return SemanticRoom(embedder, head, store, WaryJudge(judge), table, trust)
+
+
+def _check_examples(settings: Settings, router: Router) -> None:
+    """See that the models that get examples are served. Raises SettingsError."""
+    for name, rules in {"default": settings.cache.default, **settings.cache.categories}.items():
+        if rules.example is None:
+            continue
+        try:
+            router.pool(rules.example.model)
+        except UnknownModelError as error:
+            where = "default" if rules is settings.cache.default else f"categories.{name}"
+            raise SettingsError(f"cache.{where}.example.model: {error}") from error
 
 
 def _router(settings: Settings, engines: dict[str, Engine]) -> Router:

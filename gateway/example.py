@@ -27,8 +27,6 @@ class Shown:
 
     plan: Plan
     looked: Looked
-    example: int
-    """The entry that serves as the example."""
 
 
 async def show_example(store: Store, router: Router, plan: Plan, looked: Looked) -> Shown | None:
@@ -43,7 +41,7 @@ async def show_example(store: Store, router: Router, plan: Plan, looked: Looked)
     if stored is None or stored.endpoint != "chat":
         return None
     body = _body(plan, stored, rules)
-    return None if body is None else _shown(router, plan, looked, body, stored.id)
+    return None if body is None else _shown(router, plan, looked, body)
 
 
 def _body(plan: Plan, stored: Hit, rules: ExampleRules) -> dict[str, Any] | None:
@@ -55,11 +53,11 @@ def _body(plan: Plan, stored: Hit, rules: ExampleRules) -> dict[str, Any] | None
     return with_example(plan.call.body, stored.text, spoken("chat", {"choices": [choice]}), rules.model)
 
 
-def _shown(router: Router, plan: Plan, looked: Looked, body: dict[str, Any], example: int) -> Shown:
+def _shown(router: Router, plan: Plan, looked: Looked, body: dict[str, Any]) -> Shown:
     call = replace(plan.call, body=body, raw=orjson.dumps(body))
     pool = router.pool(call.model)
     where = replace(plan.origin, backend=pool[0].name)
     key, fields = exact_key(where, body)
     own = replace(plan, call=call, pool=pool, origin=where, key=key, fields=fields, shared=None)
     seen = replace(looked, found=Miss.EXAMPLE, scope=b"", shared_scope=b"", vector=None)
-    return Shown(own, seen, example)
+    return Shown(own, seen)

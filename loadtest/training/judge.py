@@ -1,4 +1,4 @@
-"""Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--epochs N]`.
+"""Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--steps N]`.
 
 Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for less than half
 an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,12 @@ from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
-EPOCHS = 2
+STEPS = 2200
+"""About an epoch and a quarter."""
 RATE = 1e-4
 WARM_UP = 150
 """Steps."""
-FALL = 0.7
+FALL = 0.45
 """Last part of the run, in which the rate falls."""
 BATCH_TOKENS = 1280
 SMOOTHING = 0.05
@@ -117,9 +119,9 @@ def rate(done: float, step: int) -> float:
 
 
 def train(
-    net: PairNet, learn: Mix, tokens: Tokens, epochs: int, seed: int, keep: Path | None = None, every: int = KEEP
-) -> dict[str, Tensor]:
-    """Train in place; returns the averaged weights. Prints how far it is.
+    net: PairNet, learn: Mix, tokens: Tokens, steps: int, seed: int, keep: Path | None = None, every: int = KEEP
+) -> tuple[dict[str, Tensor], float]:
+    """Train in place; returns the averaged weights and the processor's minutes. Prints how far it is.
 
     `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every so many steps.
     """
@@ -127,19 +129,19 @@ def train(
     net.train()
     optimiser = _optimiser(net)
     average = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    behind = 0
+    behind, used = 0, -time.process_time()
     if keep is not None and keep.exists():
         known = torch.load(keep)
         net.load_state_dict(known["net"])
         optimiser.load_state_dict(known["optimiser"])
         torch.set_rng_state(known["chance"])
         average, behind = known["average"], known["step"]
+        used += known["used"]
     started = time.monotonic()
-    for step, (done, batch) in enumerate(_plan(learn, tokens, epochs, random.Random(seed)), 1):
-        if step <= behind:
-            continue
+    plan = _plan(learn, tokens, random.Random(seed))
+    for step, batch in enumerate(islice(plan, behind, steps), behind + 1):
         for group in optimiser.param_groups:
-            group["lr"] = rate(done, step)
+            group["lr"] = rate(step / steps, step)
         inputs, wanted = batch()
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(*inputs)
@@ -150,23 +152,20 @@ def train(
         optimiser.zero_grad()
         _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
         if step % 200 == 0:
-            print(f"{done:.1%}, step {step}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+            print(f"step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
         if keep is not None and step % every == 0:
             state = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
-            torch.save(state | {"chance": torch.get_rng_state()}, keep)
-    return average
+            torch.save(state | {"chance": torch.get_rng_state(), "used": used + time.process_time()}, keep)
+    return average, (used + time.process_time()) / 60
 
 
-def _plan(
-    learn: Mix, tokens: Tokens, epochs: int, chance: random.Random
-) -> Iterator[tuple[float, Callable[[], tuple[Inputs, Tensor]]]]:
-    """The part of the run that is done, and what makes the batch."""
-    for number in range(epochs):
+def _plan(learn: Mix, tokens: Tokens, chance: random.Random) -> Iterator[Callable[[], tuple[Inputs, Tensor]]]:
+    """What makes the batches, epoch after epoch without end."""
+    while True:
         mix = epoch(*learn, chance)
         rows = [row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end) for sample in mix]
-        cut = batches([len(item.ids) for item in rows], chance)
-        for place, batch in enumerate(cut):
-            yield (number + place / len(cut)) / epochs, partial(_filled, mix, rows, batch)
+        for batch in batches([len(item.ids) for item in rows], chance):
+            yield partial(_filled, mix, rows, batch)
 
 
 def _filled(mix: Sequence[Sample], rows: Sequence[Row], batch: Batch) -> tuple[Inputs, Tensor]:
@@ -193,7 +192,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, export, calibrate, write."""
     chosen = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    used = time.process_time()
     samples = read_sets(data_dir() / "pairs")
     learn, tested = split(samples)
     source = find_model()
@@ -202,8 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(SEED)
     net = PairNet.start(weights)
     if chosen.weights is None:
-        average = train(net, (learn, derived(learn, samples)), tokens, chosen.epochs, SEED, chosen.keep)
-        minutes = (time.process_time() - used) / 60
+        average, minutes = train(net, (learn, derived(learn, samples)), tokens, chosen.steps, SEED, chosen.keep)
     else:
         known = torch.load(chosen.weights)
         average, minutes = known["weights"], known["minutes"]
@@ -232,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.training.judge", description="Train the pair model.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where graph, head and card are written")
     parser.add_argument("--cache", type=Path, help="data directory whose embedder file is used again")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--keep", type=Path, help="file to go on from when the run is stopped")
     parser.add_argument("--save", type=Path, help="keep the float weights here")
     parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")

@@ -95,10 +95,11 @@ def settings_for(data_dir: Path, *upstreams: ScriptedUpstream | str, **groups: A
 
 
 def comparing(data_dir: Path, built: Path, *upstreams: ScriptedUpstream, **groups: Any) -> Settings:
-    """Settings with the local embedder, whose file is built already, and similarity alone as the judge."""
+    """Settings with the local embedder, whose file is built already, and similarity as the only judge."""
     if not (data_dir / "cache").exists():
         (data_dir / "cache").symlink_to(built / "cache", target_is_directory=True)
-    cache = {"embedder": {"kind": "local"}, "judge": {"kind": "threshold"}, **groups.pop("cache", {})}
+    alone = {"judge": {"kind": "threshold"}, "budgets": {"keep": False}}
+    cache = {"embedder": {"kind": "local"}, **alone, **groups.pop("cache", {})}
     return settings_for(data_dir, *upstreams, cache=cache, **groups)
 
 

@@ -147,6 +147,18 @@ async def test_what_leans_is_no_neighbour_of_what_stands_alone(eager: Client) ->
     assert "x-hitpath-similarity" not in full.headers
 
 
+async def test_what_leans_changes_as_soon_as_what_it_leans_on(eager: Client) -> None:
+    turns = [said("user", "What is the weather in Paris?"), said("assistant", "Sunny."), said("user", "and in Rome?")]
+    assert outcome(await ask(eager, turns, "weather")) == "volatile"
+    assert outcome(await ask(eager, turns, "weather")) == "volatile"
+
+
+async def test_a_question_about_now_takes_no_older_answer(eager: Client) -> None:
+    await ask(eager, [said("user", "Who is the president of France?")], "now")
+    answer = await ask(eager, [said("user", "Who is the president of France right now?")], "now")
+    assert outcome(answer) == "volatile"
+
+
 async def test_a_tools_result_in_a_users_turn_is_an_agents_step(eager: Client) -> None:
     system = said("system", "You are a coding agent.")
     result = "<returncode>0</returncode>\n<output>\n3 tests passed\n</output>"
