@@ -11,7 +11,8 @@ cosine becomes a probability by a curve fitted on one half of the pairs and used
 Assumed, because no public trace has both arrivals and texts that repeat: the share of calls that have a neighbour
 (`--repeat`), drawn independently; what a token takes; a first-come-first-served pool with so many slots that the trace
 without a cache asks for `overload` times as much as it can do, and that answers 429 when as many wait as run. Exact
-repeats are left out, and so is the stretched TTL. Checks of hits go to the backend like calls: they are not kept.
+repeats are left out, and so is the stretched TTL. Checks of hits go to the backend like calls: they are not kept. As in
+the gateway the judge is believed at the start, and while the pool is loaded no hit is checked.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ REPEATS = (0.2, 0.4, 0.6)
 _SECONDS_PER_TOKEN = 0.02
 _SECONDS_PER_PROMPT_TOKEN = 0.0002
 _BINS = 25
+_BUSY = 0.5
+"""Load from which on no hit is checked, as in the gateway."""
 _RECENT = 0.05
 """Weight of the newest call in the recent latency and the recent share of 429."""
 
@@ -157,7 +160,7 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
     slots = max(1, round(sum(call.service for call in calls) / span / setup.overload))
     mean = sum(call.service for call in calls) / len(calls)
     rules = LoadRules(objective=2 * mean)
-    backend, budget, load = _Backend(slots), CategoryBudget(BudgetRules(budget=setup.budget)), Load()
+    backend, budget, load = _Backend(slots), CategoryBudget(rules_of(setup), setup.wanted), Load()
     kept = np.zeros(len(calls))
     waits: list[float] = []
     engaged: list[bool] = []
@@ -170,7 +173,8 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
             pick = int(picks[place])
             wrong = bool(pool.wrong[pick])
             wanted = relaxed(setup.wanted, setup.floor, load.relief, setup.max_relax)
-            decision = budget.decide(float(pool.p[pick]), float(draws[place]), wanted)
+            idle = load.level < _BUSY
+            decision = budget.decide(float(pool.p[pick]), float(draws[place]), wanted, checks=idle)
             served = decision.serve
             hits += served
             wrong_hits += served and wrong
@@ -201,6 +205,11 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
         changes=sum(one != two for one, two in pairwise(engaged)),
     )
     return result, engaged
+
+
+def rules_of(setup: Setup) -> BudgetRules:
+    """The gateway's rules where the judge is believed at the start."""
+    return BudgetRules(budget=setup.budget, shadow_max=0.1)
 
 
 def compare(calls: Sequence[Arrival], pool: Pool, setup: Setup) -> dict[str, Result]:
