@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,15 @@ def volatility(plan: Plan, found: object) -> Horizon:
     # "And in Germany?" changes as soon as what it leans on.
     turns = said[-1 - _EARLIER_TURNS :] if found is Miss.LEANS_ON_CONTEXT else said[-1:]
     return max(map(horizon, turns))
+
+
+def _asked(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the caller's users said; instructions are the application's own, and whoever shares has sent them."""
+    for name in ("messages", "input", "prompt"):
+        value = fields.get(name)
+        for item in value if isinstance(value, list) else [value]:
+            if not (isinstance(item, dict) and item.get("role") in ("system", "developer")):
+                yield from strings(item)
 
 
 class Keeper:
@@ -119,7 +128,7 @@ class Keeper:
         """Look for personal data where finding some would change anything."""
         if plan.shared is None and policy.personal is Handling.PRIVATE:
             return False
-        text = "\n".join((*strings(plan.fields), said))
+        text = "\n".join((*_asked(plan.fields), said))
         if len(text) > _SCANNED_AT_ALL:
             return True
         found = personal(text) if len(text) <= _SCANNED_HERE else await asyncio.to_thread(personal, text)

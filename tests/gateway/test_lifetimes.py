@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
+from openai import AsyncOpenAI
 
 from gateway.settings import SettingsError
 from tests.fakes import Hang, Normal, ScriptedUpstream, error_reply
@@ -266,6 +267,21 @@ async def test_a_slow_replay_comes_in_pieces_and_ends_when_the_client_goes(clien
         response.close()
     while await metric(client, "hitpath_client_disconnects_total") == 0:
         await asyncio.sleep(0.02)
+
+
+async def test_the_official_client_reads_a_replay_at_a_pace(client: Client) -> None:
+    async with AsyncOpenAI(base_url=f"{client.url}/v1", api_key="k", max_retries=0) as official:
+        asked: Any = [{"role": "user", "content": "hello"}]
+        headers = {"x-hitpath-category": "slow"}
+        whole = await official.chat.completions.create(model="m", messages=asked, extra_headers=headers)
+        stream = await official.chat.completions.create(
+            model="m", messages=asked, stream=True, stream_options={"include_usage": True}, extra_headers=headers
+        )
+        assert "detail=exact" in stream.response.headers["cache-status"]
+        chunks = [chunk async for chunk in stream]
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
 
 
 async def test_a_pace_is_for_streams_only(client: Client) -> None:

@@ -170,6 +170,16 @@ async def test_personal_data_in_the_question_keeps_an_answer_private(shared: Sha
         assert is_hit(await shared.ask(tenant, PERSONAL))
 
 
+async def test_a_mail_address_in_the_instructions_is_nobodys(shared: Shared) -> None:
+    system = {"role": "system", "content": "You help customers of Acme. Write to support@acme.example if in doubt."}
+    body = chat_body(ASKED)
+    body["messages"].insert(0, system)
+    for tenant in ("a", "b", "c", "d"):
+        named = {"x_hitpath_namespace": shared.namespace, "authorization": f"Bearer {tenant}"}
+        answer = await shared.client.post("/v1/chat/completions", body, **named)
+    assert is_hit(answer)
+
+
 async def test_personal_data_in_the_answer_alone_does_too(shared: Shared) -> None:
     for tenant in ("a", "b", "c", "d"):
         shared.upstream.script(said("The account number of Mr. Miller is DE89 3704 0044 0532 0130 00."))
