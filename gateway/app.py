@@ -76,6 +76,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         router = _router(settings, {engine.name: engine for engine in engines})
         stack.push_async_callback(router.close)
         _check_examples(settings, router)
+        _check_judge_model(settings, router)
         judge = await open_judge(settings)
         stack.push_async_callback(judge.close)
         table = settings.cache.table(judged=isinstance(judge, PairJudge))
@@ -191,6 +192,16 @@ def _check_examples(settings: Settings, router: Router) -> None:
         except UnknownModelError as error:
             where = "default" if rules is settings.cache.default else f"categories.{name}"
             raise SettingsError(f"cache.{where}.example.model: {error}") from error
+
+
+def _check_judge_model(settings: Settings, router: Router) -> None:
+    """See that the model that compares answers is served. Raises SettingsError."""
+    model = settings.cache.budgets.judge_model
+    try:
+        if model is not None:
+            router.pool(model)
+    except UnknownModelError as error:
+        raise SettingsError(f"cache.budgets.judge_model: {error}") from error
 
 
 def _router(settings: Settings, engines: dict[str, Engine]) -> Router:

@@ -13,7 +13,7 @@ from gateway.errors import ApiError
 from gateway.plan import Plan
 from gateway.upstream import Ask, Router
 from gateway.wire.spoken import spoken
-from policies.agreement import between, by_similarity, by_words
+from policies.agreement import between, brief, by_similarity, by_words
 from policies.category import CategoryPolicy
 from policies.judge import Candidate, Judge, Stage
 
@@ -75,7 +75,9 @@ class Comparer:
         return float(first @ second)
 
     async def _judged(self, one: str, two: str, cosine: float, policy: CategoryPolicy) -> float | None:
-        """Let the judge of questions compare the answers; None where it does not."""
+        """Let the judge of questions compare the answers, if they are as short as questions; None where it does not."""
+        if not brief(one, two):
+            return None
         judgement = await self._judge.judge(two, [Candidate(0, one, cosine)], policy)
         verdict = judgement.verdicts[0] if judgement.verdicts else None
         if verdict is None or verdict.probability is None or verdict.stage is Stage.DECLINED:

@@ -40,9 +40,13 @@ def between(stored: str, fresh: str, cosine: float) -> float:
     return max(0.5, guess) if _figures_differ(stored, fresh) else guess
 
 
+def brief(stored: str, fresh: str) -> bool:
+    """Whether both answers are so short that every figure and name in them is part of the point."""
+    return len(stored.split()) <= _BRIEF and len(fresh.split()) <= _BRIEF
+
+
 def _figures_differ(stored: str, fresh: str) -> bool:
-    brief = len(stored.split()) <= _BRIEF and len(fresh.split()) <= _BRIEF
-    return brief and _figures(stored) != _figures(fresh)
+    return brief(stored, fresh) and _figures(stored) != _figures(fresh)
 
 
 def _figures(text: str) -> list[str]:

@@ -15,7 +15,7 @@ import aiohttp
 import orjson
 import pytest
 
-from gateway.settings import Settings, validate
+from gateway.settings import Settings, SettingsError, validate
 from gateway.truststate import NAME
 from loadtest.evaluate import read_pairs
 from tests.fakes import Hang, Reply, ScriptedUpstream, error_reply, json_reply
@@ -253,6 +253,17 @@ async def test_a_model_compares_where_words_do_not_tell(
         asked = upstream.exchanges[2].json()["messages"][1]["content"]
         assert ONE_OFF in asked
         assert "four five six" in asked
+
+
+async def test_a_model_that_nobody_serves_stops_the_start(
+    upstream: ScriptedUpstream, embedder: ScriptedUpstream, tmp_path: Path
+) -> None:
+    settings = trusting_settings(
+        tmp_path, upstream, embedder, budgets={"judge_model": "x"}, upstreams={"models": ["m"]}
+    )
+    with pytest.raises(SettingsError, match=r"cache\.budgets\.judge_model"):
+        async with serving(settings):
+            pass
 
 
 async def test_a_backend_that_refuses_gives_no_label(
@@ -589,7 +600,10 @@ async def test_a_call_is_explained_and_nothing_is_done(
         assert figures["economics"]["lookups"] == 1
 
 
-async def test_the_command_explains(upstream: ScriptedUpstream, embedder: ScriptedUpstream, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("admin_key")
+async def test_the_commands_explain_and_show_what_was_learnt(
+    upstream: ScriptedUpstream, embedder: ScriptedUpstream, tmp_path: Path
+) -> None:
     async with serving(trusting_settings(tmp_path, upstream, embedder)) as client:
         await client.chat(ASKED)
         process = await start("cache", "explain", ONE_OFF, "--model", "m", "--url", client.url)
@@ -600,6 +614,9 @@ async def test_the_command_explains(upstream: ScriptedUpstream, embedder: Script
         process = await start("cache", "explain", ONE_OFF, "--model", "m", "--url", client.url, "--json")
         stdout, _ = await process.communicate()
         assert orjson.loads(stdout)["outcome"]["would"] == "semantic-hit"
+        process = await start("cache", "stats", "--url", client.url, "--admin-key", ADMIN_KEY)
+        stdout, _ = await process.communicate()
+        assert re.search(r"^general +0\.05 +believed +0\.\d+ +0 ", stdout.decode(), re.MULTILINE)
     process = await start("cache", "explain", ONE_OFF, "--model", "m", "--url", "http://127.0.0.1:1")
     assert await process.wait() == 1
 
