@@ -30,6 +30,8 @@ from policies.reasons import Check
 
 log = logging.getLogger(__name__)
 
+_REST, _LONGEST_REST = 9.0, 1.0
+"""How long a turn rests after a comparison, as a multiple of what that took, and in seconds at most."""
 _CLEAR = 0.1
 """Labels up to this far from 0 and 1 are counted as right and wrong."""
 
@@ -161,7 +163,9 @@ class Checks:
     async def _compare(
         self, plan: Plan, looked: Looked, ruling: Ruling, decision: Decision, stored: Hit, body: bytes
     ) -> None:
+        started = time.monotonic()
         wrong = await self._comparer.wrong(plan, looked.text, looked.policy, stored.body, body)
+        busy = time.monotonic() - started
         if wrong is None:
             self._metrics.check(Check.NOT_COMPARABLE)
         else:
@@ -169,6 +173,8 @@ class Checks:
             self._trust.learn(ruling, decision, wrong)
         if not decision.serve:
             self._near_misses.note(plan.call.namespace, looked, wrong)
+        # Answers are embedded where clients' questions are: the turn is kept for a while, so that questions come first.
+        await asyncio.sleep(min(_LONGEST_REST, _REST * busy))
 
 
 def _outcome(wrong: float) -> Check:
