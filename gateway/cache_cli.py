@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cachestore import EntryRow, Filter, StoreError, offline
-from gateway import explain_cli
+from gateway import explain_cli, truststate
 from gateway.explain_cli import learnt_table
 from gateway.settings import SettingsError
+from gateway.trust import stats_of
 
 _TIMEOUT = 60.0
 _PAGE = 1000
@@ -49,6 +50,7 @@ class _Directory:
             "disk_used": stats.disk_used,
             "disk_by_category": {name: size for name, (_, size) in stats.by_category.items()},
             "entries_by_category": {name: count for name, (count, _) in stats.by_category.items()},
+            "categories": _learnt(self._path),
         }
 
     def entries(self, wanted: Filter, limit: int, *, bodies: bool = False) -> list[dict[str, Any]]:
@@ -59,6 +61,16 @@ class _Directory:
 
     def problems(self) -> list[str]:
         return offline.verify(self._path)
+
+
+def _learnt(directory: Path) -> dict[str, Any]:
+    """What the gateway on a directory has written down of its categories. Raises StoreError when that is damaged."""
+    path = directory / truststate.NAME
+    try:
+        plain = truststate.read(path)
+        return {} if plain is None else stats_of(plain)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be used: {error}") from error
 
 
 class _Gateway:

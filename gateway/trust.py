@@ -301,6 +301,18 @@ class Trust:
         return [self._policies[category].error_budget, rules.risk, rules.horizon, rules.start]
 
 
+def stats_of(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what `Trust.stats` of a state's owner would say. Raises what `Trust.restore` raises."""
+    terms = {name: kept["rules"] for name, kept in plain["budgets"].items()}
+    policies = {name: CategoryPolicy(name, error_budget=terms.get(name, [0.0])[0]) for name in plain["economics"]}
+    some: list[Any] = next(iter(terms.values()), [0.0, 0.5, 1, "judge"])
+    _, risk, horizon, start = some
+    rules = TrustRules(keep=bool(terms), risk=risk, horizon=horizon, start=start)
+    known = Trust(rules, policies, lambda policy: NEVER, judge=plain["judge"])
+    known.restore(plain)
+    return known.stats()
+
+
 def _scored(judgement: Judgement) -> Iterable[tuple[Verdict, float]]:
     """The verdicts with a number; where similarity alone decides, it is the number."""
     for verdict in judgement.verdicts:

@@ -21,7 +21,7 @@ _CLIP = 1e-6
 class EntryRules:
     """How entries learn."""
 
-    spread: float = 2.0
+    spread: float = 1.0
     """How far, as a standard deviation in logits, an entry is expected to be off."""
     enough: int = 3
     """Labels before an entry may raise its probability; it is lowered from the first on."""

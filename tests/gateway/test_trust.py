@@ -423,6 +423,10 @@ async def test_what_was_learnt_survives_a_restart(
         before = await stats(client)
     async with serving(settings) as client:
         assert (await stats(client))["budget"] == before["budget"]
+    process = await start("cache", "stats", "--data-dir", str(tmp_path), "--json")
+    stdout, _ = await process.communicate()
+    shown = orjson.loads(stdout)["categories"]["general"]["budget"]
+    assert all(shown[name] == before["budget"][name] for name in ("standing", "hits", "checked", "wrong", "savings"))
     # Under another budget the old labels prove nothing.
     stricter = trusting_settings(tmp_path, upstream, embedder, default={"threshold": 0.8, "error_budget": 0.01})
     async with serving(stricter) as client:

@@ -19,7 +19,7 @@ def test_an_unknown_entry_is_left_to_the_judge() -> None:
 def test_one_wrong_answer_lowers_and_three_right_ones_raise() -> None:
     evidence = EntryEvidence(EntryRules())
     evidence.learn(1, 0.9, 1.0)
-    assert evidence.adjusted(1, 0.9) < 0.5
+    assert evidence.adjusted(1, 0.9) < 0.85
     for _ in range(2):
         evidence.learn(2, 0.6, 0.0)
     assert evidence.adjusted(2, 0.6) == 0.6
