@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cachestore import EntryRow, Filter, StoreError, offline
+from gateway import explain_cli
+from gateway.explain_cli import learnt_table
 from gateway.settings import SettingsError
 
 _TIMEOUT = 60.0
@@ -121,6 +123,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         if name == "purge":
             verb.add_argument("--dry-run", action="store_true", help="only say how many")
             verb.add_argument("--all", action="store_true", help="needed to purge without any filter")
+    explain = verbs.add_parser("explain", help="say what the cache would do with a call, and why; asks no backend")
+    explain.add_argument("text", metavar="TEXT", help="the user's question, or - for a request body on standard input")
+    explain.add_argument("--url", default="http://127.0.0.1:8080", help="a running gateway (http://127.0.0.1:8080)")
+    explain.add_argument("--key", help="the client's own key (or the variable HITPATH_KEY)")
+    explain.add_argument("--model", default="bundled", help="the model asked for (bundled)")
+    explain.add_argument("--system", help="a system text")
+    explain.add_argument("--endpoint", choices=("chat", "responses"), default="chat", help="of a request body (chat)")
+    explain.add_argument("--category", help="as x-hitpath-category")
+    explain.add_argument("--namespace", help="as x-hitpath-namespace")
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
+    explain.set_defaults(run=explain_cli.run)
     for name, run, what in (
         ("export", _export, "write entries as JSON lines"),
         ("import", _import, "read entries that export wrote"),
@@ -169,9 +182,12 @@ def _stats(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(stats)
         return 0
+    categories = stats.pop("categories", {})
     for name, value in stats.items():
         shown = ", ".join(f"{key} {number:,}" for key, number in value.items()) if isinstance(value, dict) else value
         print(f"{name.replace('_', ' '):22} {shown:,}" if isinstance(shown, int) else f"{name:22} {shown}")
+    if categories:
+        print(f"\n{learnt_table(categories)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Checks: a share of the hits is asked of the backend too, and what the backend answered is compared with what was stored.
+"""Checks: a share of the hits is asked of the backend too, and its answer compared with the stored one.
 
 All of it happens behind the client's back and never in its way: a bounded number at a time, a bounded number waiting,
 nothing while the backends are loaded, and everything cancelled at the end.

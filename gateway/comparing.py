@@ -58,7 +58,7 @@ class Comparer:
             found = await self._asked(plan, self._model, question, one, two)
         if found is None:
             found = await self._judged(one, two, cosine, policy)
-        return between(cosine) if found is None else found
+        return between(one, two, cosine) if found is None else found
 
     def _said(self, plan: Plan, body: bytes) -> str | None:
         """What a whole answer says; None if it is not whole."""

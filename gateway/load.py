@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.upstream import Backend
 from policies.load import Load, LoadRules, Signals
@@ -21,7 +21,7 @@ class Capacity:
 
     slots: int = 64
     """Calls that it runs at once without slowing down."""
-    rules: LoadRules = LoadRules()
+    rules: LoadRules = field(default_factory=LoadRules)
 
 
 class Loads:

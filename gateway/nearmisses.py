@@ -1,4 +1,4 @@
-"""The near-miss log: what came close and was not served, as lines that `hitpath eval pairs` reads once they are labelled."""
+"""The near-miss log: what came close and was not served, in lines that `hitpath eval pairs` reads once labelled."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from random import random
 from typing import Any, Literal
 
-from policies.budget import NEVER, BudgetRules, CategoryBudget, Decision, Standing
+from policies.budget import NEVER, RUNGS, BudgetRules, CategoryBudget, Decision, Standing
 from policies.category import CategoryPolicy
 from policies.economics import CategoryEconomics, EconomicsRules, Stage
 from policies.entries import EntryEvidence, EntryRules
@@ -48,8 +48,8 @@ class TrustRules:
     """Seconds after a hit in which a refresh of the same call is a complaint."""
     skip: bool = True
     """Whether a category whose comparing does not pay skips it."""
-    entries: EntryRules = EntryRules()
-    economics: EconomicsRules = EconomicsRules()
+    entries: EntryRules = field(default_factory=EntryRules)
+    economics: EconomicsRules = field(default_factory=EconomicsRules)
 
     def budget(self, error_budget: float) -> BudgetRules:
         """Return the rules of one category's budget."""
@@ -158,7 +158,11 @@ class Trust:
         if budget is None:
             return None
         self.changed += 1
-        return budget.decide(ruling.p, self._draw(), ruling.wanted, checks=checks)
+        decision = budget.decide(ruling.p, self._draw(), ruling.wanted, checks=checks)
+        if not decision.serve and not decision.check and ruling.claimed >= RUNGS[0]:
+            # What counts against the entry alone: it can redeem itself only if it is looked at.
+            return replace(decision, check=True, share=1.0)
+        return decision
 
     def learn(self, ruling: Ruling, decision: Decision, wrong: float) -> None:
         """Take what a check found: 0 right, 1 wrong, or between."""

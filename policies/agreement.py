@@ -32,9 +32,12 @@ def by_similarity(stored: str, fresh: str, cosine: float) -> float | None:
     return None
 
 
-def between(cosine: float) -> float:
-    """The best guess where nobody else can judge: straight from the one bound to the other."""
-    return min(1.0, max(0.0, (SAME - cosine) / (SAME - DIFFERENT)))
+def between(stored: str, fresh: str, cosine: float) -> float:
+    """The best guess where nobody else can judge: straight from the one bound to the other, at least a half where
+    figures differ.
+    """
+    guess = min(1.0, max(0.0, (SAME - cosine) / (SAME - DIFFERENT)))
+    return max(0.5, guess) if _figures_differ(stored, fresh) else guess
 
 
 def _figures_differ(stored: str, fresh: str) -> bool:

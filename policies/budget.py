@@ -112,9 +112,14 @@ class Standing(StrEnum):
     """Nothing is served yet; everything is checked."""
     BELIEVED = "believed"
     """Served on the judge's own word: there are not yet labels enough to prove it."""
+    TIGHTENED = "tightened"
+    """Wrong answers have closed the point where the judge was believed; a stricter one is served."""
     OPEN = "open"
     EXHAUSTED = "exhausted"
     """Served, and no longer: it answers exact repeats only, until it has learnt enough again."""
+
+
+_UNPROVEN = (Standing.BELIEVED, Standing.TIGHTENED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,8 +367,10 @@ class CategoryBudget:
     def _settle(self) -> None:
         limit = self._laxest()
         if limit != NEVER:
-            if self._standing is not Standing.BELIEVED or self._proven(limit):
+            if self._standing not in _UNPROVEN or self._proven(limit):
                 self._standing = Standing.OPEN
+            elif limit > self._limit:
+                self._standing = Standing.TIGHTENED
         elif self._limit != NEVER:
             self._standing = Standing.EXHAUSTED
             self._exhaustions += 1

@@ -84,10 +84,13 @@ def chat_body(text: str, *, stream: bool = False, **fields: Any) -> dict[str, An
 
 
 def settings_for(data_dir: Path, *upstreams: ScriptedUpstream | str, **groups: Any) -> Settings:
-    """Settings in front of the backends given, nothing compared by meaning unless `cache` says so."""
+    """Settings in front of the backends given, nothing compared by meaning unless `cache` says so.
+
+    No budget is kept unless `cache` says so either: checks would ask the backend whenever chance says so.
+    """
     urls = [upstream if isinstance(upstream, str) else upstream.url for upstream in upstreams]
     named = [{"name": f"up{number}", "kind": "openai", "url": url} for number, url in enumerate(urls)]
-    cache = {"embedder": {"kind": "none"}, **groups.pop("cache", {})}
+    cache = {"embedder": {"kind": "none"}, "budgets": {"keep": False}, **groups.pop("cache", {})}
     return validate({"data_dir": data_dir, "upstreams": named, "cache": cache, **groups}, source="test")
 
 
