@@ -51,9 +51,9 @@ class Call:
         return f"{self.caller.namespace}/{inner}" if inner else self.caller.namespace
 
     @property
-    def shared_namespace(self) -> str | None:
-        """The namespace that the tenant shares with others, and the client's own inside it; None: none."""
-        shared, inner = self.caller.shared, self.controls.namespace
+    def shared_namespace(self) -> str:
+        """The namespace that the tenant shares with others, and the client's own inside it; empty: none."""
+        shared, inner = self.caller.shared or "", self.controls.namespace
         return f"{shared}/{inner}" if shared and inner else shared
 
     @property

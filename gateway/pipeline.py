@@ -99,11 +99,10 @@ class Pipeline:
         where = origin(call, pool[0].name, headers)
         bypass = _bypass(call, decided)
         key, fields = (b"", {}) if bypass is not None else exact_key(where, call.body)
-        shared = None
-        if bypass is None and call.shared_namespace is not None:
-            common = replace(where, namespace=call.shared_namespace)
-            shared = Shared(common, digest(common, fields))
-        return Plan(call, pool, decided, bypass, where, key, fields, shared=shared)
+        if call.caller.shared is None or bypass is not None:
+            return Plan(call, pool, decided, bypass, where, key, fields)
+        common = replace(where, namespace=call.shared_namespace)
+        return Plan(call, pool, decided, bypass, where, key, fields, shared=Shared(common, digest(common, fields)))
 
     def hot(self, plan: Plan) -> Hit | None:
         """Return the exact answer if it is in memory, fresh and allowed; synchronous: the shortest path."""

@@ -32,6 +32,7 @@ class Tenants:
     def __init__(self, tenants: Sequence[Tenant], *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the tenants' keys from the environment. Raises SettingsError naming an unset variable."""
         self._shared = SHARED if shared else None
+        self._anonymous = Caller("anonymous", shared=self._shared)
         self._clock = clock
         self._by_key = {
             _fingerprint(secret(tenant.key_env, key=f"tenants.{tenant.name}.key_env") or ""): Caller(
@@ -46,8 +47,7 @@ class Tenants:
         """Return the caller that the credential names. Raises AuthenticationError, RateLimitError."""
         if self._by_key:
             return self._known(credential)
-        name = f"token-{_fingerprint(credential)}" if credential else "anonymous"
-        return Caller(name, shared=self._shared)
+        return Caller(f"token-{_fingerprint(credential)}", shared=self._shared) if credential else self._anonymous
 
     def _known(self, credential: str) -> Caller:
         caller = self._by_key.get(_fingerprint(credential))
