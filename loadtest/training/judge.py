@@ -41,7 +41,7 @@ from gateway.judge.pairs import Row, row
 from loadtest.data import data_dir
 from loadtest.training import judge_calibrate as calibrate
 from loadtest.training import judge_export as export
-from loadtest.training.judge_data import Sample, derived, epoch, read_sets, split
+from loadtest.training.judge_data import NOISY, Sample, derived, epoch, read_sets, split
 from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
@@ -213,10 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for sample in random.Random(SEED).sample(learn, min(RANGE_PAIRS, len(learn)))
     ]
     graph = export.quantised(state, export.ranges(state, rows, words)).SerializeToString()
-    model = PairModel(graph, source / "model.safetensors", source / "tokenizer.json", threads=2)
+    model = PairModel(graph, source / "model.safetensors", source / "tokenizer.json", threads=1)
     with tempfile.TemporaryDirectory() as folder:
-        embedder, _ = load(chosen.cache or Path(folder), threads=2)
-        judged = calibrate.judged(tested, model, embedder)
+        embedder, _ = load(chosen.cache or Path(folder), threads=1)
+        judged = calibrate.judged([sample for sample in tested if sample.set not in NOISY], model, embedder)
     document, card = calibrate.report(judged, learn, minutes)
     chosen.out.mkdir(parents=True, exist_ok=True)
     calibrate.write(chosen.out, graph, source, document, card)

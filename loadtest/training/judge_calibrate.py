@@ -18,7 +18,7 @@ from gateway.embedding.minilm import MiniLM
 from gateway.judge.load import GRAPH, HEAD
 from gateway.judge.model import PairModel
 from loadtest.metrics import auc, recall_at, reliability, share
-from loadtest.training.judge_data import HELD_OUT, NOISY, Sample
+from loadtest.training.judge_data import HELD_OUT, Sample
 from policies import guards
 from policies.classifier import CategoryHead
 from policies.pairhead import PairHead, Points, Weights
@@ -69,10 +69,9 @@ def judged(samples: Sequence[Sample], model: PairModel, embedder: MiniLM) -> lis
 
 def report(found: Sequence[Judged], learnt: Sequence[Sample], minutes: float) -> tuple[dict[str, Any], str]:
     """The head's document and the card."""
-    known = [item for item in found if item.sample.set not in NOISY]
-    head = fitted(known)
     unseen = crossed(found)
-    head = replace(head, **points_of(known, crossed(known)))
+    head = fitted(found)
+    head = replace(head, **points_of(found, unseen))
     document = {
         "with_cosine": asdict(head.with_cosine),
         "without_cosine": asdict(head.without_cosine),
@@ -143,7 +142,7 @@ def crossed(found: Sequence[Judged]) -> Figures:
     folds = np.array([_fold(item.sample.a) for item in found])
     shares = np.zeros(len(found))
     for fold in range(FOLDS):
-        known = [item for item, own in zip(found, folds, strict=True) if own != fold and item.sample.set not in NOISY]
+        known = [item for item, own in zip(found, folds, strict=True) if own != fold]
         head = fitted(known)
         for place in np.flatnonzero(folds == fold).tolist():
             item = found[place]
@@ -219,7 +218,7 @@ def card(found: Sequence[Judged], shares: Figures, head: PairHead, learnt: Seque
         "Reliability on the held-out pairs that reach the model:",
     ]
     lines += ["", "| pairs | probability | serve |", "|---|---|---|"]
-    rows = [place for place, item in enumerate(found) if not item.refused and item.sample.set not in NOISY]
+    rows = [place for place, item in enumerate(found) if not item.refused]
     labels = np.array([found[place].sample.label for place in rows])
     lines += [f"| {count} | {mean:.3f} | {served:.3f} |" for count, mean, served in reliability(shares[rows], labels)]
     return "\n".join([*lines, ""])
