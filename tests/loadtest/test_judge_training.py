@@ -100,7 +100,7 @@ def test_batches_take_every_pair_once_and_are_of_like_length() -> None:
 
 def test_the_rate_rises_stays_and_falls() -> None:
     assert rate(0.0, 1) == pytest.approx(RATE / WARM_UP)
-    assert rate(0.1, WARM_UP) == rate(1 - FALL, 10_000) == RATE
+    assert rate(0.1, WARM_UP) == RATE == pytest.approx(rate(1 - FALL, 10_000))
     assert rate(1.0, 10_000) == 0
 
 
