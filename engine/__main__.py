@@ -18,6 +18,9 @@ from pathlib import Path
 from engine.errors import CheckpointError, SettingsError
 from engine.settings import Settings, parse
 
+_KEEP_ALIVE = 75
+"""Seconds an idle connection is kept: longer than clients and proxies do, so that none asks while we hang up."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine; returns the exit code."""
@@ -76,6 +79,9 @@ def _remove_stale(path: Path) -> None:
 
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
+    # Torch's threads spin while they wait for each other, unless told before it is imported. Beside any other busy
+    # process that is ruinous: each of a step's hundred parallel loops then waits for a whole time slice.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Torch takes seconds to import: a wrong command line should not wait for it.
     import uvicorn
 
@@ -91,6 +97,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         assembled.application,
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=settings.grace,
     )
     # Uvicorn raises the signal that stopped it once more after shutting down; being stopped is no failure here.

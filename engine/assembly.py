@@ -65,7 +65,7 @@ def assemble(settings: Settings) -> Assembled:
     directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
     device = _device(settings.device, cuda=torch.cuda.is_available())
     checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)
-    _speed_up(checkpoint)
+    speed_up(checkpoint)
     blocks = _blocks(checkpoint, settings.kv_memory)
     context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
     try:
@@ -76,7 +76,7 @@ def assemble(settings: Settings) -> Assembled:
             block_size=BLOCK_SIZE,
             wanted=settings.attention,
         )
-        executor = Executor(checkpoint, backend, blocks=blocks, context=context)
+        executor = Executor(checkpoint, backend, blocks=blocks, context=context, threads=settings.threads)
         if checkpoint.device.type == "cuda" and backend.name in CAPTURABLE:
             executor.capture(settings.max_running)
         publisher = _publisher(settings)
@@ -92,7 +92,7 @@ def assemble(settings: Settings) -> Assembled:
         token_budget=settings.token_budget or max(_TOKEN_BUDGET[checkpoint.device.type], settings.max_running),
         patience=settings.patience,
     )
-    application = _application(checkpoint, books, scheduler, executor, publisher, context, settings.threads)
+    application = _application(checkpoint, books, scheduler, executor, publisher, context)
     if publisher is not None:
         publisher.start()
     return Assembled(application, checkpoint, context, blocks, backend.name, settings.threads, publisher)
@@ -105,7 +105,6 @@ def _application(
     executor: Executor,
     publisher: Publisher | None,
     context: int,
-    threads: int,
 ) -> Starlette:
     def state() -> EngineState:
         running, waiting = runner.depth()
@@ -125,11 +124,11 @@ def _application(
 
     delivery = Delivery()
     metrics = EngineMetrics(checkpoint.name, state, context=context)
-    runner = Runner(checkpoint, scheduler, executor, threads=threads, deliver=delivery, watch=metrics)
+    runner = Runner(checkpoint, scheduler, executor, deliver=delivery, watch=metrics)
     return Engine(checkpoint, runner, context=context, delivery=delivery, metrics=metrics).application()
 
 
-def _speed_up(checkpoint: Checkpoint) -> None:
+def speed_up(checkpoint: Checkpoint) -> None:
     """Let the model compute the way its device likes best, where that proves itself."""
     if checkpoint.device.type == "cuda":
         checkpoint.model.ops = choose_ops(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device)

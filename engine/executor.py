@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,17 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend, KvPool, Packed
 from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
 from engine.graphs import DecodeGraphs, Record
+from engine.model import stored_tensors
 from engine.scheduler import Chunk
 from engine.sequence import Sequence as Row
 
 BLOCK_SIZE = 16
 """Tokens of a block: fine enough that little of a shared prefix is lost, coarse enough for the kernels."""
+
+_WORTH_SHARING = 200_000_000
+"""Multiply-adds of a step from which on more than one thread computes it: below, threads wait more than they work."""
 
 
 def block_bytes(checkpoint: Checkpoint) -> int:
@@ -40,9 +46,21 @@ class Outcome:
 class Executor:
     """The model, its pool, and for every running sequence a row of block numbers."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: AttentionBackend, *, blocks: int, context: int) -> None:
-        """Allocates the pool. Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: AttentionBackend,
+        *,
+        blocks: int,
+        context: int,
+        threads: int = 1,
+    ) -> None:
+        """Allocates the pool; `threads` at most compute a step.
+
+        Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had.
+        """
         config = checkpoint.config
+        self._threads, self._per_token = threads, _multiply_adds(config)
         self._checkpoint, self._model, self._backend = checkpoint, checkpoint.model, backend
         # One block is nobody's: captured steps let their padding write there.
         self._pool = KvPool(
@@ -83,6 +101,8 @@ class Executor:
     def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
         """Compute every chunk and return the scores."""
         packed, drawn = self._packed(chunks)
+        small = len(packed.ids) * self._per_token < _WORTH_SHARING
+        torch.set_num_threads(1 if small else self._threads)
         if self._graphs is not None and drawn == len(chunks) and self._graphs.fits(packed):
             scores = self._graphs.scores(packed)
             return Outcome(scores, scores[:0])
@@ -148,6 +168,11 @@ class Executor:
         # Blocks before the first written one cannot have changed while the sequence runs.
         self._tables[row, first : len(table)] = table[first:]
         return row
+
+
+def _multiply_adds(config: ModelConfig) -> int:
+    """Of one token in all layers, attention not counted."""
+    return sum(math.prod(part.shape) for name, part in stored_tensors(config) if name.startswith("layers."))
 
 
 def _wanted(chunks: tuple[Chunk, ...], ends: Any) -> tuple[Any, int]:

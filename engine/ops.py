@@ -84,4 +84,14 @@ class PlainOps:
     def gate(self, both: Tensor) -> Tensor:
         """See `Ops`."""
         gate, up = both.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return functional.silu(gate).mul_(up)
+
+
+def padded(rows: int) -> int:
+    """The number of rows that `rows` are computed as, an eighth more at most.
+
+    The CPU's kernels for bfloat16 write and keep a program for every number of rows they meet, in ten times the time of
+    the product itself and for up to a quarter of a megabyte; steps of continuous batching would meet them all.
+    """
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step

@@ -80,6 +80,10 @@ class AnswerGuide(Guide, Protocol):
     def advance(self, token: int) -> None:
         """Take note of a drawn token."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end can follow."""
+
 
 @dataclass(eq=False, slots=True)
 class Job:
@@ -139,17 +143,19 @@ class _Answer:
         params, drawn = self.job.params, self.row.drawn + 1
         if params.max_tokens == 0:
             return [*events, Finished("length", "", 0)]
+        complete = False
         if self.job.guide is not None:
             self.job.guide.advance(choice.token)
+            complete = self.job.guide.finished
         if choice.token in self._ends:
             return [*events, Finished("stop", self._tail()[0], drawn)]
         text, stopped = self._stops.push(self._text.push(choice.token))
         events.append(Progress(text, choice))
         if stopped:
             events.append(Finished("stop", "", drawn))
-        elif drawn >= params.max_tokens:
+        elif complete or drawn >= params.max_tokens:
             tail, stopped = self._tail()
-            events.append(Finished("stop" if stopped else "length", tail, drawn))
+            events.append(Finished("stop" if stopped or complete else "length", tail, drawn))
         return events
 
     def _tail(self) -> tuple[str, bool]:
@@ -167,13 +173,11 @@ class Runner:
         scheduler: Scheduler,
         executor: Executor,
         *,
-        threads: int,
         deliver: Callable[[Happened], None],
         watch: Watch | None = None,
     ) -> None:
-        """`threads`: torch threads of the worker."""
         self._checkpoint, self._scheduler, self._executor = checkpoint, scheduler, executor
-        self._threads, self._deliver, self._watch = threads, deliver, watch
+        self._deliver, self._watch = deliver, watch
         self._changed = threading.Condition()
         # Scheduler and answers belong to whoever holds `_changed`; the worker lets go of it while the model computes.
         self._answers: dict[Row, _Answer] = {}
@@ -246,7 +250,6 @@ class Runner:
         )
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while (step := self._next()) is not None:
                 if self._watch is not None:

@@ -51,9 +51,12 @@ class MetricsDoor:
 class AdminDoor:
     """`/admin/stats`, `/admin/purge`, `/admin/entries` and `/admin/entries/ID`."""
 
-    def __init__(self, store: Store, key: str | None) -> None:
-        """Without a key there is nothing here."""
+    def __init__(
+        self, store: Store, key: str | None, categories: Callable[[], dict[str, dict[str, Any]]] = dict
+    ) -> None:
+        """Without a key there is nothing here; `categories` gives what was learnt of each."""
         self._store = store
+        self._categories = categories
         self._key = key
 
     async def __call__(self, request: Request, respond: Responder) -> None:
@@ -69,7 +72,7 @@ class AdminDoor:
     async def _answer(self, method: str, path: str, body: bytes) -> dict[str, Any]:
         match method, path.split("/"):
             case "GET", ["stats"]:
-                return stats_document(self._store.stats())
+                return stats_document(self._store.stats()) | {"categories": self._categories()}
             case "POST", ["purge"]:
                 return await self._purge(body)
             case "POST", ["entries"]:

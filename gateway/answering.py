@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cachestore import Hit
@@ -15,6 +17,7 @@ from gateway.responder import EVENTS, JSON, Responder, hit_status, miss_status
 from gateway.semantic import Looked
 from gateway.upstream import Headers
 from gateway.wire.errors import error_event
+from gateway.wire.pace import Pace, cut
 from policies.reasons import Miss, NotStored
 
 _UNREADABLE = frozenset({NotStored.ERROR_STATUS, NotStored.MALFORMED, NotStored.TOO_LARGE})
@@ -47,10 +50,15 @@ class Ride:
 class Answering:
     """Writes heads and bodies, whole or as a stream."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
-        """`clock` gives Unix seconds."""
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], paces: Mapping[str, Pace]) -> None:
+        """`clock` gives Unix seconds; `paces` has the categories whose answers are replayed at one."""
         self._metrics = metrics
         self._clock = clock
+        self._paces = paces
+
+    def paced(self, plan: Plan, hit: Hit) -> bool:
+        """Whether a stored answer takes its time to be sent."""
+        return plan.call.stream and hit.category in self._paces
 
     async def hit(self, plan: Plan, hit: Hit, respond: Responder, detail: str, looked: Looked | None) -> None:
         """Send a stored answer; `looked` is what the semantic room said, if that is where it was found."""
@@ -65,8 +73,22 @@ class Answering:
             (b"server-timing", plan.timing.header()),
             *(_judged(looked) if looked is not None else ()),
         ]
+        if self.paced(plan, hit):
+            await self._paced(plan, hit, respond, headers)
+            return
         body = _replayed(plan, hit.body) if plan.call.stream else hit.body
         await respond.whole(200, headers, body)
+
+    async def _paced(self, plan: Plan, hit: Hit, respond: Responder, headers: Headers) -> None:
+        """Send a stored answer's events one by one, each when it is due; who leaves cancels it."""
+        pace = self._paces[hit.category]
+        await respond.start(200, headers)
+        due = time.monotonic()
+        for event in cut(plan.wire.replay(hit.body, include_usage=plan.call.include_usage), pace.size):
+            await asyncio.sleep(due - time.monotonic())
+            await respond.piece(event)
+            due += pace.interval
+        await respond.piece(b"", last=True)
 
     async def generated(self, ride: Ride, head: Generated) -> None:
         """Send a backend's whole answer, to a client that wants events as events."""
@@ -114,12 +136,16 @@ def _replayed(plan: Plan, body: bytes) -> bytes:
 
 
 def _judged(looked: Looked) -> Headers:
-    if looked.score is None:
+    if looked.similarity is None:
         return []
-    return [
-        (b"x-hitpath-similarity", b"%.4f" % looked.score),
+    headers = [
+        (b"x-hitpath-similarity", b"%.4f" % looked.similarity),
         (b"x-hitpath-threshold", b"%.4g" % looked.policy.threshold),
     ]
+    probabilities = [verdict.probability for verdict in looked.verdicts if verdict.probability is not None]
+    if probabilities:
+        headers.append((b"x-hitpath-probability", b"%.4f" % max(probabilities)))
+    return headers
 
 
 def _combined(theirs: Headers, ours: Headers, content_type: tuple[bytes, bytes] | None) -> Headers:

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -17,22 +18,30 @@ from gateway.admin import AdminDoor, HealthDoor, MetricsDoor
 from gateway.embedding import Embedder
 from gateway.embedding.local import LocalEmbedder
 from gateway.embedding.remote import RemoteEmbedder
-from gateway.errors import UnknownPathError
+from gateway.errors import UnknownModelError, UnknownPathError
+from gateway.feedback import FeedbackDoor
 from gateway.http import CachedDoor, Door, Guard, ModelsDoor, PassThroughDoor, Request
+from gateway.judge import JudgeError
+from gateway.judge.load import FOLDER as JUDGE_FOLDER
+from gateway.judge.load import load as load_judge
+from gateway.judge.pairjudge import PairJudge
 from gateway.metrics import Metrics
 from gateway.pipeline import Pipeline
 from gateway.responder import Responder
 from gateway.semantic import SemanticRoom
 from gateway.settings import LocalEmbedder as LocalEmbedderSettings
-from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, secret
+from gateway.settings import NoEmbedder, OpenaiEmbedder, Settings, SettingsError, secret
 from gateway.supervise import Engine
 from gateway.tenants import Tenants
+from gateway.trust import Trust
+from gateway.trusting import make_trust, open_loads, open_trusting
 from gateway.upstream import Router, open_backend
 from policies.category import CategoryTable
 from policies.classifier import CategoryHead
 from policies.eviction import ValuePerByte
-from policies.judge import ThresholdJudge
+from policies.judge import Judge, ThresholdJudge
 from policies.quota import Quota
+from policies.wary import WaryJudge
 
 log = logging.getLogger(__name__)
 
@@ -58,32 +67,54 @@ class Gateway:
 async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Open the store, the embedder and the backends; close them in the opposite order.
 
-    Raises SettingsError, StoreError, EmbedderError, EngineFailedError: each says what is wrong and what would be right.
+    Raises SettingsError, StoreError, EmbedderError, JudgeError, EngineFailedError: each says what is wrong and what
+    would be right.
     """
     async with AsyncExitStack() as stack:
         tenants = Tenants(settings.tenants, shared=settings.cache.shared)
         engines = [Engine(item.name, item.model) for item in settings.effective_upstreams() if item.kind == "bundled"]
         router = _router(settings, {engine.name: engine for engine in engines})
         stack.push_async_callback(router.close)
-        table = settings.cache.table()
+        _check_examples(settings, router)
+        _check_judge_model(settings, router)
+        judge = await open_judge(settings)
+        stack.push_async_callback(judge.close)
+        table = settings.cache.table(judged=isinstance(judge, PairJudge))
         for engine in engines:
             stack.push_async_callback(engine.stop)
         starting = asyncio.gather(*(engine.start() for engine in engines))
         (embedder, store), _ = await asyncio.gather(_open_cache(settings, table, stack), starting)
-        metrics = Metrics()
+        metrics, loads, trusting, trust = Metrics(), open_loads(settings), None, None
+        if embedder is not None:
+            trust = make_trust(settings, judge, table)
+            opened = open_trusting(
+                settings,
+                trust,
+                embedder=embedder,
+                judge=judge,
+                store=store,
+                router=router,
+                loads=loads,
+                metrics=metrics,
+            )
+            trusting = await stack.enter_async_context(opened)
         pipeline = Pipeline(
             store=store,
-            semantic=semantic_room(embedder, store, table),
+            semantic=semantic_room(embedder, store, judge, table, trust),
             router=router,
             table=table,
             metrics=metrics,
             max_answer=settings.cache.max_answer,
             stale_grace=settings.cache.stale_grace,
+            sharing=settings.cache.sharing.rules() if settings.cache.shared else None,
+            trusting=trusting,
+            loads=loads,
         )
         stack.push_async_callback(pipeline.close)
         health = HealthDoor(lambda: {"store": store.loaded.is_set()} | {item.name: item.ready for item in engines})
-        admin = AdminDoor(store, _admin_key(settings))
-        routes = _routes(settings, pipeline, router, tenants, metrics, health, admin)
+        admin = AdminDoor(store, _admin_key(settings), trust.stats if trust is not None else dict)
+        feedback = FeedbackDoor(trusting.corrections, tenants) if trusting is not None else None
+        routes = _routes(settings, pipeline, router, tenants, metrics, health, admin, feedback)
         models = tuple(pattern for backend in router.backends for pattern in backend.models)
         yield Gateway(Starlette(routes=routes), store, models)
 
@@ -123,15 +154,54 @@ async def open_store(settings: Settings, table: CategoryTable, embedder: Embedde
     return await Store.open(settings.data_dir, options, eviction=ValuePerByte())
 
 
-def semantic_room(embedder: Embedder | None, store: Store, table: CategoryTable) -> SemanticRoom | None:
+async def open_judge(settings: Settings, folder: Path = JUDGE_FOLDER) -> Judge:
+    """Open the judge of the settings. Raises JudgeError when its files cannot be used and may not be done without."""
+    cache = settings.cache
+    if cache.judge.kind == "threshold" or isinstance(cache.embedder, NoEmbedder) or not cache.table().compares:
+        return ThresholdJudge()
+    try:
+        model, head = await asyncio.to_thread(load_judge, folder)
+    except JudgeError as error:
+        if cache.judge.on_missing == "stop":
+            raise
+        log.warning("%s; similarity alone decides, at the thresholds for that", error)
+        return ThresholdJudge()
+    return PairJudge(model, head, cosine=isinstance(cache.embedder, LocalEmbedderSettings))
+
+
+def semantic_room(
+    embedder: Embedder | None, store: Store, judge: Judge, table: CategoryTable, trust: Trust | None = None
+) -> SemanticRoom | None:
     """Return the room where calls are compared by meaning, with the classifier if it knows this embedder."""
     if embedder is None:
         return None
     head = CategoryHead.load()
     if not head.fits(embedder.identity):
         log.warning("the classifier was trained for %s: calls are not classified", head.embedder)
-        return SemanticRoom(embedder, None, store, ThresholdJudge(), table)
-    return SemanticRoom(embedder, head, store, ThresholdJudge(), table)
+        return SemanticRoom(embedder, None, store, WaryJudge(judge), table, trust)
+    return SemanticRoom(embedder, head, store, WaryJudge(judge), table, trust)
+
+
+def _check_examples(settings: Settings, router: Router) -> None:
+    """See that the models that get examples are served. Raises SettingsError."""
+    for name, rules in {"default": settings.cache.default, **settings.cache.categories}.items():
+        if rules.example is None:
+            continue
+        try:
+            router.pool(rules.example.model)
+        except UnknownModelError as error:
+            where = "default" if rules is settings.cache.default else f"categories.{name}"
+            raise SettingsError(f"cache.{where}.example.model: {error}") from error
+
+
+def _check_judge_model(settings: Settings, router: Router) -> None:
+    """See that the model that compares answers is served. Raises SettingsError."""
+    model = settings.cache.budgets.judge_model
+    try:
+        if model is not None:
+            router.pool(model)
+    except UnknownModelError as error:
+        raise SettingsError(f"cache.budgets.judge_model: {error}") from error
 
 
 def _router(settings: Settings, engines: dict[str, Engine]) -> Router:
@@ -159,6 +229,7 @@ def _routes(
     metrics: Metrics,
     health: HealthDoor,
     admin: AdminDoor,
+    feedback: FeedbackDoor | None,
 ) -> list[Route]:
     untouched = PassThroughDoor(router, tenants)
     cached = {
@@ -168,6 +239,7 @@ def _routes(
     doors: dict[str, Door] = {
         **cached,
         "/v1/models": ModelsDoor(router, tenants),
+        "/v1/hitpath/feedback": _nothing_here if feedback is None else feedback,
         "/v1/{path:path}": untouched,
         "/healthz": health,
         "/readyz": health,

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cachestore import EntryRow, Filter, StoreError, offline
+from gateway import explain_cli, truststate
+from gateway.explain_cli import learnt_table
 from gateway.settings import SettingsError
+from gateway.trust import stats_of
 
 _TIMEOUT = 60.0
 _PAGE = 1000
@@ -47,6 +50,7 @@ class _Directory:
             "disk_used": stats.disk_used,
             "disk_by_category": {name: size for name, (_, size) in stats.by_category.items()},
             "entries_by_category": {name: count for name, (count, _) in stats.by_category.items()},
+            "categories": _learnt(self._path),
         }
 
     def entries(self, wanted: Filter, limit: int, *, bodies: bool = False) -> list[dict[str, Any]]:
@@ -57,6 +61,16 @@ class _Directory:
 
     def problems(self) -> list[str]:
         return offline.verify(self._path)
+
+
+def _learnt(directory: Path) -> dict[str, Any]:
+    """What the gateway on a directory has written down of its categories. Raises StoreError when that is damaged."""
+    path = directory / truststate.NAME
+    try:
+        plain = truststate.read(path)
+        return {} if plain is None else stats_of(plain)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be used: {error}") from error
 
 
 class _Gateway:
@@ -121,6 +135,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         if name == "purge":
             verb.add_argument("--dry-run", action="store_true", help="only say how many")
             verb.add_argument("--all", action="store_true", help="needed to purge without any filter")
+    explain = verbs.add_parser("explain", help="say what the cache would do with a call, and why; asks no backend")
+    explain.add_argument("text", metavar="TEXT", help="the user's question, or - for a request body on standard input")
+    explain.add_argument("--url", default="http://127.0.0.1:8080", help="a running gateway (http://127.0.0.1:8080)")
+    explain.add_argument("--key", help="the client's own key (or the variable HITPATH_KEY)")
+    explain.add_argument("--model", default="bundled", help="the model asked for (bundled)")
+    explain.add_argument("--system", help="a system text")
+    explain.add_argument("--endpoint", choices=("chat", "responses"), default="chat", help="of a request body (chat)")
+    explain.add_argument("--category", help="as x-hitpath-category")
+    explain.add_argument("--namespace", help="as x-hitpath-namespace")
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
+    explain.set_defaults(run=explain_cli.run)
     for name, run, what in (
         ("export", _export, "write entries as JSON lines"),
         ("import", _import, "read entries that export wrote"),
@@ -169,9 +194,12 @@ def _stats(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(stats)
         return 0
+    categories = stats.pop("categories", {})
     for name, value in stats.items():
         shown = ", ".join(f"{key} {number:,}" for key, number in value.items()) if isinstance(value, dict) else value
         print(f"{name.replace('_', ' '):22} {shown:,}" if isinstance(shown, int) else f"{name:22} {shown}")
+    if categories:
+        print(f"\n{learnt_table(categories)}")
     return 0
 
 

@@ -51,6 +51,17 @@ class Call:
         return f"{self.caller.namespace}/{inner}" if inner else self.caller.namespace
 
     @property
+    def shared_namespace(self) -> str:
+        """The namespace that the tenant shares with others, and the client's own inside it; empty: none."""
+        shared, inner = self.caller.shared or "", self.controls.namespace
+        return f"{shared}/{inner}" if shared and inner else shared
+
+    @property
+    def said(self) -> list[str]:
+        """The texts of the user's turns, or the prompt."""
+        return _said(self.body, _USER)
+
+    @property
     def model(self) -> str:
         """The model asked for."""
         return cast(str, self.body["model"])
@@ -124,11 +135,15 @@ _USER = ("user",)
 
 
 def _texts(body: dict[str, Any], roles: tuple[str, ...]) -> str:
-    """Join the texts of the roles' turns, and of the fields that stand for them."""
+    return "\n".join(_said(body, roles))
+
+
+def _said(body: dict[str, Any], roles: tuple[str, ...]) -> list[str]:
+    """Return the texts of the roles' turns, and of the fields that stand for them."""
     names = ("instructions",) if roles is _SYSTEM else ("prompt", "input")
     fields = [body[name] for name in names if isinstance(body.get(name), str)]
     turns = [text for turn in _turns(body) if turn.get("role") in roles for text in _content(turn.get("content"))]
-    return "\n".join(fields + turns)
+    return fields + turns
 
 
 def _turns(body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from cachestore.errors import StoreError
 from gateway import cache_cli
 from gateway.embedding import EmbedderError
 from gateway.errors import CannotListenError
+from gateway.judge import JudgeError
 from gateway.settings import Settings, SettingsError, load, validate
 from gateway.supervise import EngineFailedError
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except SettingsError as error:
         return _fail(error, 2)
-    except (StoreError, EmbedderError, EngineFailedError, CannotListenError, OSError) as error:
+    except (StoreError, EmbedderError, JudgeError, EngineFailedError, CannotListenError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130

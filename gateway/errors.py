@@ -67,6 +67,12 @@ class UnknownPathError(ApiError):
     status, type, code = 404, "invalid_request_error", "unknown_url"
 
 
+class UnknownEntryError(ApiError):
+    """The caller has no such entry."""
+
+    status, type, code = 404, "invalid_request_error", "entry_not_found"
+
+
 class MethodError(ApiError):
     """The path exists, but not for this method."""
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import orjson
 
-from cachestore import Document, Store
 from gateway.call import Call
 from gateway.errors import BackendBrokenError
 from gateway.flight import Flight
+from gateway.keeping import Keeper
 from gateway.metrics import Metrics
 from gateway.plan import FlightHead, Generated, Plan, Streaming
 from gateway.semantic import Looked
 from gateway.upstream import Ask, Backend, Reply
-from gateway.wire import BrokenStream, Wire
+from gateway.wire import BrokenStream
 from gateway.wire.chat import strip_usage
 from gateway.wire.sse import DONE, Event, EventTooLarge, SseParser
-from policies.admission import admit
 from policies.reasons import NotStored
-from policies.scope import comparable
-
-log = logging.getLogger(__name__)
 
 _LARGEST_WHOLE = 256 * 2**20
 """Bytes of a non-streamed answer beyond which a backend is taken to be broken."""
@@ -39,12 +33,11 @@ _DRAIN = 0.25
 class Generation:
     """Takes in a backend's answer: to the passengers as it comes, into the store when it is whole."""
 
-    def __init__(self, store: Store, metrics: Metrics, max_answer: int, clock: Callable[[], float]) -> None:
+    def __init__(self, keeper: Keeper, metrics: Metrics, max_answer: int) -> None:
         """Answers of more than `max_answer` bytes pass, but are not stored."""
-        self._store = store
+        self._keeper = keeper
         self._metrics = metrics
         self._max_answer = max_answer
-        self._clock = clock
 
     async def whole(self, plan: Plan, looked: Looked, backend: Backend, reply: Reply, started: float) -> Generated:
         """Read a non-streamed answer and store it. Raises BackendBrokenError."""
@@ -68,13 +61,13 @@ class Generation:
             answer = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise BackendBrokenError(f"upstream {backend.name} answered 200 with what is not JSON: {error}") from error
-        return await self._keep(plan, looked, backend.name, plan.wire, answer, body, seconds)
+        return await self._keeper.keep(plan, looked, backend.name, answer, body, seconds)
 
     async def stream(
         self, plan: Plan, looked: Looked, backend: Backend, reply: Reply, flight: Flight[FlightHead], started: float
     ) -> None:
         """Tee a stream: every event to the passengers at once, the end marker only after the answer is stored."""
-        head = Streaming(looked, backend.name, reply.headers, admit(None, looked.policy, plan.call.controls))
+        head = Streaming(looked, backend.name, reply.headers, self._keeper.promise(plan, looked))
         plan.timing.add("upstream", time.perf_counter() - started)
         flight.resolve(head)
         payloads: list[bytes] = []
@@ -113,55 +106,14 @@ class Generation:
     async def _keep_stream(
         self, plan: Plan, head: Streaming, payloads: Sequence[bytes], *, ended: bool, seconds: float
     ) -> None:
-        wire = plan.wire
         try:
-            answer = wire.merge([*payloads, DONE] if ended else payloads)
+            answer = plan.wire.merge([*payloads, DONE] if ended else payloads)
         except BrokenStream as error:
             self._metrics.not_stored(NotStored.BROKEN_STREAM)
             raise BackendBrokenError(f"upstream {head.backend} ended its stream unfinished: {error}") from error
         head.body = orjson.dumps(answer)
-        kept = await self._keep(plan, head.looked, head.backend, wire, answer, head.body, seconds)
+        kept = await self._keeper.keep(plan, head.looked, head.backend, answer, head.body, seconds)
         head.kept = kept if isinstance(kept, NotStored) else None
-
-    async def _keep(
-        self, plan: Plan, looked: Looked, backend: str, wire: Wire, answer: Any, body: bytes, seconds: float
-    ) -> int | NotStored:
-        """Admit a whole answer and store it; returns when it is durable, or says why it is not kept."""
-        refusal = wire.inspect(answer).refusal if isinstance(answer, dict) else NotStored.MALFORMED
-        refused = admit(refusal, looked.policy, plan.call.controls)
-        if refused is None:
-            kept = await self._put(self._document(plan, looked, backend, body, seconds))
-            if not isinstance(kept, NotStored):
-                return kept
-            refused = kept
-        self._metrics.not_stored(refused)
-        return refused
-
-    async def _put(self, document: Document) -> int | NotStored:
-        try:
-            return await self._store.put(document)
-        except Exception:
-            log.exception("the store failed to keep an answer")
-            return NotStored.STORE_FAILED
-
-    def _document(self, plan: Plan, looked: Looked, backend: str, body: bytes, seconds: float) -> Document:
-        now = self._clock()
-        asked = comparable(plan.call.endpoint, plan.fields)
-        return Document(
-            key=plan.key,
-            scope=looked.scope,
-            namespace=plan.call.namespace,
-            category=looked.policy.name,
-            model=plan.call.model,
-            endpoint=plan.call.endpoint,
-            upstream=backend,
-            text=asked.text if asked is not None else "",
-            body=body,
-            created=now,
-            expires=now + looked.policy.ttl,
-            cost=seconds,
-            vector=looked.vector if looked.scope else None,
-        )
 
 
 def backend_request(call: Call) -> Ask:

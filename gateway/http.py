@@ -171,8 +171,11 @@ class CachedDoor:
         inbox = Inbox(request.receive)
         raw = await inbox.read(request.headers, self._max_body)
         plan = self._pipeline.plan(self._call(request, raw, respond.request_id), request.headers)
+        if plan.call.controls.explain:
+            await self._pipeline.explain(plan, respond)
+            return
         hit = self._pipeline.hot(plan)
-        if hit is not None:
+        if hit is not None and not self._pipeline.takes_time(plan, hit):
             await self._pipeline.answer_hit(plan, hit, respond)
             return
         await inbox.until_gone(self._pipeline.answer(plan, respond))

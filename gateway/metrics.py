@@ -32,6 +32,15 @@ class Metrics:
             "hitpath_misses", "Calls not answered from the cache.", ["reason"], registry=self.registry
         )
         self._not_stored = Counter("hitpath_not_stored", "Answers not kept.", ["reason"], registry=self.registry)
+        self._personal = Counter(
+            "hitpath_personal_data", "Questions or answers with personal data.", ["kind"], registry=self.registry
+        )
+        self._shared = Counter(
+            "hitpath_shared", "Answers offered to the shared scope.", ["outcome"], registry=self.registry
+        )
+        self._refreshes = Counter(
+            "hitpath_refreshes", "Stale answers fetched anew in the background.", ["outcome"], registry=self.registry
+        )
         self._errors = Counter("hitpath_errors", "Errors of the gateway's own.", ["code"], registry=self.registry)
         self._saved = Counter(
             "hitpath_saved_seconds", "Generation time that hits saved.", ["category"], registry=self.registry
@@ -74,6 +83,19 @@ class Metrics:
     def not_stored(self, reason: NotStored) -> None:
         """Count an answer that was not kept."""
         self._not_stored.labels(reason).inc()
+
+    def personal(self, kinds: Iterable[str]) -> None:
+        """Count the kinds of personal data found with one answer, never the data."""
+        for kind in kinds:
+            self._personal.labels(kind).inc()
+
+    def shared(self, *, confirmed: bool) -> None:
+        """Count an answer that other tenants confirmed, or that still waits for them."""
+        self._shared.labels("confirmed" if confirmed else "waiting").inc()
+
+    def refresh(self, outcome: str) -> None:
+        """Count a refresh: `started`, or `declined` where one is under way or too many are."""
+        self._refreshes.labels(outcome).inc()
 
     def error(self, code: str) -> None:
         """Count an error of our own."""

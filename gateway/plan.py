@@ -18,6 +18,14 @@ from policies.reasons import Bypass, NotStored
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Where a tenant that shares finds the answers of others."""
+
+    origin: Origin
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is known of a call before any room is entered."""
 
@@ -29,6 +37,8 @@ class Plan:
     key: bytes
     fields: dict[str, Any]
     timing: Timing = field(default_factory=Timing)
+    shared: Shared | None = None
+    """The same call in the namespace that tenants share; None where they do not."""
 
     @property
     def wire(self) -> Wire:
@@ -42,6 +52,7 @@ class Found:
 
     looked: Looked
     hit: Hit
+    detail: str = "semantic"
 
 
 @dataclass(frozen=True, slots=True)

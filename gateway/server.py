@@ -23,6 +23,9 @@ _BACKLOG = 2048
 _GRACE = 10
 """Seconds that running requests get when the gateway is told to end."""
 
+_KEEP_ALIVE = 75
+"""Seconds an idle connection is kept: longer than clients and proxies do, so that none asks while we hang up."""
+
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises what open_gateway raises, and CannotListenError."""
@@ -50,6 +53,7 @@ def server_config(app: Starlette) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         server_header=False,
         date_header=False,
         proxy_headers=False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,9 +26,15 @@ from pydantic import (
 
 from gateway.memory import default_budget
 from policies import units
-from policies.category import CategoryPolicy, CategoryTable, Rule
+from policies.category import PAIR_THRESHOLD, CategoryPolicy, CategoryTable, Rule
 from policies.controls import Mode
+from policies.examples import ExampleRules
+from policies.freshness import FreshnessRules
+from policies.personal import Handling
+from policies.sharing import SharingRules
 
+SHARED = "shared"
+"""The namespace of what tenants share."""
 _GIB = 2**30
 _ROUNDING = 1e-9
 """By how much shares that add up to the whole may seem to exceed it."""
@@ -55,11 +62,21 @@ def _yaml_off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _pace(value: object) -> float:
+    """`fast` is no pace at all."""
+    return 0.0 if value == "fast" else units.rate(value)
+
+
+def _pace_text(pace: float) -> str:
+    return f"{Decimal(str(pace)):f}/s" if pace else "fast"
+
+
 CacheMode = Annotated[Mode, BeforeValidator(_yaml_off)]
 Size = Annotated[int, _unit(units.size)]
 Duration = Annotated[float, _unit(units.duration)]
 Share = Annotated[float, _unit(units.share)]
 Rate = Annotated[float, _unit(units.rate), PlainSerializer(lambda rate: f"{Decimal(str(rate)):f}/s")]
+Pace = Annotated[float, _unit(_pace), PlainSerializer(_pace_text)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$")]
 
@@ -94,6 +111,13 @@ class Timeouts(_Group):
     """Between two pieces of an answer."""
 
 
+class Price(_Group):
+    """What a backend's tokens cost, in any currency, per million."""
+
+    input: Annotated[float, Field(ge=0.0)] = 0.0
+    output: Annotated[float, Field(ge=0.0)] = 0.0
+
+
 class Upstream(_Group):
     """One backend."""
 
@@ -107,6 +131,11 @@ class Upstream(_Group):
     """Models that it serves, with shell-style patterns; left out: asked from the bundled engine, else all."""
     api_key_env: str | None = None
     timeouts: Timeouts = Timeouts()
+    slots: Annotated[int, Field(ge=1, le=2**20)] = 64
+    """Calls that it runs at once without slowing down; its load is measured by this."""
+    objective: Annotated[Duration, Field(gt=0.0)] = 10.0
+    """Seconds that a whole call should take at most; its load is measured by this too."""
+    price: Price | None = None
 
     @model_validator(mode="after")
     def _url_belongs_to_kind(self) -> Self:
@@ -146,6 +175,87 @@ class NoEmbedder(_Group):
     kind: Literal["none"]
 
 
+class JudgeSettings(_Group):
+    """Who decides whether a similar question's answer serves."""
+
+    kind: Literal["pair", "threshold"] = "pair"
+    on_missing: Literal["stop", "threshold"] = "stop"
+    """What happens when the pair model's files are missing or damaged."""
+
+
+class Budgets(_Group):
+    """How error budgets are kept."""
+
+    keep: bool = True
+    start: Literal["judge", "earned"] = "judge"
+    """judge: its word is taken until labels speak; earned: nothing is served by meaning before they do."""
+    risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    horizon: Annotated[int, Field(ge=1)] = 5000
+    checked_min: Annotated[Share, Field(gt=0.0)] = 0.05
+    """Share of the hits that is always checked."""
+    checked_max: Annotated[Share, Field(gt=0.0)] | None = None
+    """Share that is checked while little is known; left out: 10 % where the judge is believed, else all."""
+    concurrent: Annotated[int, Field(ge=1, le=256)] = 2
+    waiting: Annotated[int, Field(ge=1, le=4096)] = 64
+    busy_above: Probability = 0.5
+    """Load from which on no hit is checked."""
+    judge_model: str | None = None
+    """Model that compares two answers where words and similarity do not tell."""
+    refresh_within: Duration = 10.0
+    """How soon after a hit by meaning a refresh counts as a complaint."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.checked_min > self.most:
+            raise _KeyFault("checked_min", f"{self.checked_min:.0%} is above checked_max, which is {self.most:.0%}")
+        return self
+
+    @property
+    def most(self) -> float:
+        """The share that is checked while little is known."""
+        return (0.1 if self.start == "judge" else 1.0) if self.checked_max is None else self.checked_max
+
+
+class Economics(_Group):
+    """When comparing by meaning is skipped because it does not pay."""
+
+    skip: bool = True
+    evidence: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Look-ups before anything is judged, and the length of a probe."""
+    pause: Annotated[int, Field(ge=1, le=10**8)] = 5000
+    """Calls that the first pause skips."""
+    longest_pause: Annotated[int, Field(ge=1, le=10**9)] = 160_000
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.pause > self.longest_pause:
+            raise _KeyFault("pause", f"{self.pause} is above longest_pause, which is {self.longest_pause}")
+        return self
+
+
+class LoadSettings(_Group):
+    """When a backend counts as loaded, and what gives way then."""
+
+    engage: Probability = 0.5
+    release: Probability = 0.25
+    rise: Annotated[Duration, Field(gt=0.0)] = 2.0
+    fall: Annotated[Duration, Field(gt=0.0)] = 20.0
+    stretch: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.release >= self.engage:
+            raise _KeyFault("release", f"{self.release:g} is not below engage, which is {self.engage:g}")
+        return self
+
+
+class NearMissSettings(_Group):
+    """The log of what came close and was not served."""
+
+    keep: Annotated[Literal["off", "figures", "text"], BeforeValidator(_yaml_off)] = "off"
+    size: Size = 8 * 2**20
+
+
 class Quota(_Group):
     """A category's share of the cache: kept for it, and lent to it only while free."""
 
@@ -159,6 +269,29 @@ class Quota(_Group):
         return self
 
 
+class Freshness(_Group):
+    """The longest TTL of answers to questions about relative times; 0s keeps them out of the cache."""
+
+    year: Duration = 7 * 86400.0
+    week: Duration = 6 * 3600.0
+    day: Duration = 900.0
+    now: Duration = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.year >= self.week >= self.day >= self.now:
+            raise ValueError("what changes sooner cannot live longer: year >= week >= day >= now must hold")
+        return self
+
+
+class Example(_Group):
+    """A near answer as an example for a cheaper model."""
+
+    model: str
+    similarity: Probability = 0.6
+    """Cosine from which an answer that may not be served may be an example."""
+
+
 class CategoryRules(_Group):
     """One category's own rules; what is left out comes from cache.default and the built-in caution."""
 
@@ -166,15 +299,47 @@ class CategoryRules(_Group):
     threshold: Probability | None = None
     ttl: Duration | None = None
     quota: Quota | None = None
-    error_budget: Probability | None = None
+    error_budget: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     max_relax: Probability | None = None
+    ttl_jitter: Annotated[Share, Field(lt=1.0)] | None = None
+    freshness: Freshness | None = None
+    stale_while_revalidate: Duration | None = None
+    stale_if_error: Duration | None = None
+    admit_after: Annotated[int, Field(ge=1, le=255)] | None = None
+    replay_pace: Pace | None = None
+    personal: Literal["private", "never"] | None = None
+    example: Example | None = None
 
     def overrides(self) -> dict[str, Any]:
         """Return what is set, under the names that CategoryPolicy uses."""
-        given = {name: value for name, value in self if name != "quota" and value is not None}
+        given = {name: value for name, value in self if name not in _GROUPED and value is not None}
         if self.quota is not None:
             given |= {"quota_min": self.quota.min, "quota_max": self.quota.max}
+        if self.freshness is not None:
+            given["freshness"] = FreshnessRules(**self.freshness.model_dump())
+        if self.personal is not None:
+            given["personal"] = Handling(self.personal)
+        if self.example is not None:
+            given["example"] = ExampleRules(**self.example.model_dump())
         return given
+
+
+_GROUPED = frozenset({"quota", "freshness", "personal", "example"})
+"""Rules that CategoryPolicy has in another form."""
+
+
+class Sharing(_Group):
+    """When an answer may be shared between tenants; for cache.shared."""
+
+    tenants: Annotated[int, Field(ge=1, le=16)] = 3
+    """Independent tenants whose answers to the same question must agree; 1 shares at once."""
+    window: Duration = 7 * 86400.0
+    questions: Annotated[int, Field(ge=1, le=2**20)] = 4096
+    """Questions that are remembered while they wait for the others."""
+
+    def rules(self) -> SharingRules:
+        """Return the rules; one tenant alone may hold an eighth of what waits."""
+        return SharingRules(self.tenants, self.window, self.questions, max(1, self.questions // 8))
 
 
 class When(_Group):
@@ -210,10 +375,16 @@ class Cache(_Group):
     stale_grace: Duration = 3600.0
     """How long an expired answer is kept for callers that accept it when the backend fails."""
     shared: bool = False
+    sharing: Sharing = Sharing()
     log: SqliteLog = SqliteLog()
     embedder: Annotated[LocalEmbedder | OpenaiEmbedder | NoEmbedder, Field(discriminator="kind")] = LocalEmbedder(
         kind="local"
     )
+    judge: JudgeSettings = JudgeSettings()
+    budgets: Budgets = Budgets()
+    economics: Economics = Economics()
+    load: LoadSettings = LoadSettings()
+    near_misses: NearMissSettings = NearMissSettings()
     default: CategoryRules = CategoryRules()
     categories: dict[Name, CategoryRules] = {}
     rules: tuple[CategoryRule, ...] = ()
@@ -223,6 +394,15 @@ class Cache(_Group):
         reserved = sum(policy.quota_min for policy in self.table().policies.values())
         if reserved > 1 + _ROUNDING:
             raise _KeyFault("categories", f"the quotas' min shares add up to {reserved:.0%}, more than the whole")
+        return self
+
+    @model_validator(mode="after")
+    def _stale_answers_are_still_there(self) -> Self:
+        for name, rules in {"default": self.default, **self.categories}.items():
+            for key in ("stale_while_revalidate", "stale_if_error"):
+                if (getattr(rules, key) or 0.0) > self.stale_grace:
+                    where = "default" if rules is self.default else f"categories.{name}"
+                    raise _KeyFault(f"{where}.{key}", f"is longer than cache.stale_grace, {self.stale_grace:g}s")
         return self
 
     @model_validator(mode="after")
@@ -237,12 +417,15 @@ class Cache(_Group):
         """Return the memory budget in bytes."""
         return default_budget() if self.memory_budget is None else self.memory_budget
 
-    def table(self) -> CategoryTable:
-        """Return the categories with all their rules."""
+    def table(self, *, judged: bool | None = None) -> CategoryTable:
+        """Return the categories with all their rules; `judged`: the pair model is there; None: as the settings say."""
+        judged = self.judge.kind == "pair" if judged is None else judged
+        default = {"threshold": PAIR_THRESHOLD} if judged else {}
         return CategoryTable(
-            CategoryPolicy("default", **self.default.overrides()),
+            CategoryPolicy("default", **default | self.default.overrides()),
             {name: rules.overrides() for name, rules in self.categories.items()},
             [Rule(rule.category, **rule.when.model_dump()) for rule in self.rules],
+            judged=judged,
         )
 
 
@@ -272,6 +455,12 @@ class Settings(_Group):
             raise ValueError(f"the name {repeated[0]!r} is used twice")
         return value
 
+    @model_validator(mode="after")
+    def _nobody_is_everybody(self) -> Self:
+        if self.cache.shared and any(tenant.name == SHARED for tenant in self.tenants):
+            raise _KeyFault("tenants", f"with cache.shared, {SHARED!r} is the name of what all tenants share")
+        return self
+
     def effective_upstreams(self) -> tuple[Upstream, ...]:
         """Return the backends; none set means the bundled engine with the bundled model."""
         return self.upstreams or (Upstream(name="bundled", kind="bundled"),)
@@ -286,6 +475,14 @@ class Settings(_Group):
                 "quota": {"min": policy.quota_min, "max": policy.quota_max},
                 "error_budget": policy.error_budget,
                 "max_relax": policy.max_relax,
+                "ttl_jitter": policy.ttl_jitter,
+                "freshness": asdict(policy.freshness),
+                "stale_while_revalidate": policy.stale_while_revalidate,
+                "stale_if_error": policy.stale_if_error,
+                "admit_after": policy.admit_after,
+                "replay_pace": _pace_text(policy.replay_pace),
+                "personal": str(policy.personal),
+                **({} if policy.example is None else {"example": asdict(policy.example)}),
             }
             for name, policy in self.cache.table().policies.items()
         }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from gateway.errors import AuthenticationError, RateLimitError
-from gateway.settings import Tenant, secret
+from gateway.settings import SHARED, Tenant, secret
 from policies.ratelimit import TokenBucket
 
 
@@ -18,10 +18,8 @@ class Caller:
 
     namespace: str
     bucket: TokenBucket | None = None
-
-
-_SHARED = Caller("shared")
-_ANONYMOUS = Caller("anonymous")
+    shared: str | None = None
+    """The namespace that it shares with others; None: none."""
 
 
 class Tenants:
@@ -33,12 +31,14 @@ class Tenants:
 
     def __init__(self, tenants: Sequence[Tenant], *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the tenants' keys from the environment. Raises SettingsError naming an unset variable."""
-        self._shared = shared
+        self._shared = SHARED if shared else None
+        self._anonymous = Caller("anonymous", shared=self._shared)
         self._clock = clock
         self._by_key = {
             _fingerprint(secret(tenant.key_env, key=f"tenants.{tenant.name}.key_env") or ""): Caller(
-                "shared" if shared else tenant.name,
+                tenant.name,
                 None if tenant.rate_limit is None else TokenBucket(tenant.rate_limit),
+                self._shared,
             )
             for tenant in tenants
         }
@@ -47,9 +47,7 @@ class Tenants:
         """Return the caller that the credential names. Raises AuthenticationError, RateLimitError."""
         if self._by_key:
             return self._known(credential)
-        if self._shared:
-            return _SHARED
-        return Caller(f"token-{_fingerprint(credential)}") if credential else _ANONYMOUS
+        return Caller(f"token-{_fingerprint(credential)}", shared=self._shared) if credential else self._anonymous
 
     def _known(self, credential: str) -> Caller:
         caller = self._by_key.get(_fingerprint(credential))

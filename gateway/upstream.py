@@ -27,6 +27,7 @@ from gateway.errors import (
     UnknownModelError,
 )
 from gateway.settings import Timeouts, Upstream, secret
+from policies.load import Recent
 
 Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
@@ -47,6 +48,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = frozenset({b"host", b"expect", b"x-hitpath-tenant"})
 _KEYS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 """Where a client's key may stand."""
+_TOO_MANY = 429
 _COOL_DOWN = 2.0
 """Seconds for which a backend that refused a connection is asked last."""
 _LARGE_BODY = 2**20
@@ -121,6 +123,7 @@ class Backend:
     uds: Path | None = None
     in_flight: int = 0
     down_until: float = float("-inf")
+    recent: Recent = field(default_factory=Recent)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
 
     def serves(self, model: str) -> bool:
@@ -134,12 +137,19 @@ class Backend:
         Raises BackendUnreachableError, BackendTimeoutError, BackendBrokenError.
         """
         self.in_flight += 1
+        started = time.monotonic()
         try:
             response = await self.within(self._request(ask), self.timeouts.first_byte, "its answer")
             try:
                 yield Reply(response, self)
             finally:
                 response.close()
+                now = time.monotonic()
+                self.recent.note(now - started, refused=response.status == _TOO_MANY, now=now)
+        except BackendTimeoutError:
+            now = time.monotonic()
+            self.recent.note(now - started, refused=False, now=now)
+            raise
         finally:
             self.in_flight -= 1
 

@@ -25,7 +25,7 @@ import numpy as np
 from cachestore import Store, StoreOptions
 from gateway.embedding.local import LocalEmbedder
 from loadtest import bench_servers as servers
-from loadtest.bench_client import Answer, Connection, chat, check, connect, load, post
+from loadtest.bench_client import Answer, BenchError, Connection, chat, check, connect, load, post
 from loadtest.bench_servers import Cores, Server
 from loadtest.bench_store import fill
 from loadtest.table import Bar, Row, absolute, difference, ratio
@@ -42,6 +42,8 @@ _MODES: dict[str, dict[str, Any]] = {
     "semantic": {"default": {"threshold": 1.0}},
     "exact": {"embedder": {"kind": "none"}},
 }
+_CATEGORIES = tuple(CategoryTable(CategoryPolicy("default"), {}).policies)
+_HIT = Bar("<=", 1.6, "x")
 _NEIGHBOURS = 4
 """What the gateway asks of the index."""
 _MIB = 2**20
@@ -119,22 +121,48 @@ def _cycled(requests: Sequence[bytes], count: int) -> Iterator[bytes]:
 
 async def semantic(place: Place, sizes: Sizes) -> list[Row]:
     """Paraphrases one after the other, against embedding and search of the same texts with nothing around them."""
-    names = CategoryTable(CategoryPolicy("default"), {}).policies
     # No category refuses a paraphrase, so that each takes the whole way, the classifier included.
-    cache = {"categories": {name: {"mode": "semantic", "threshold": 0.85} for name in names}}
+    rules = {name: {"mode": "semantic", "threshold": 0.85} for name in _CATEGORIES}
     known = [question(number) for number in range(sizes.known)]
     asked = paraphrases(known)
     hits, lookups = [], []
+    cache = {"categories": rules, "judge": {"kind": "threshold"}}
     with _backend(place) as backend, _gateway(place, backend, cache) as gateway, _bare_lookups(place, known) as bare:
-        stored = (chat(_HELPFUL, text, headers=_FETCH_ANEW) for text in known)
-        await load(gateway.port, stored, connections=16, expect=b"stored")
+        await _store(known, gateway)
         async with _connected(gateway.port) as connection:
             for _ in range(1 + sizes.rounds):
                 texts = list(itertools.islice(asked, sizes.paraphrases))
                 answers = [check(await connection.ask(chat(_HELPFUL, text)), b"detail=semantic") for text in texts]
                 hits.append(_median_ms([answer.whole for answer in answers]))
                 lookups.append(_median_ms(bare(texts)))
-    return [ratio("semantic hit p50", "ms", hits[1:], lookups[1:], "embedding + search", Bar("<=", 1.6, "x"))]
+    row = ratio("semantic hit p50, similarity alone", "ms", hits[1:], lookups[1:], "embedding + search", _HIT)
+    return [row, await _judging(place, sizes, known)]
+
+
+async def _judging(place: Place, sizes: Sizes, known: Sequence[str]) -> Row:
+    """Ask the gateway itself (Server-Timing) how much of a semantic hit is the pair judge."""
+    # The largest budget: how long it takes does not depend on it, and nearly every paraphrase is a hit then.
+    rules = {name: {"error_budget": 0.2} for name in _CATEGORIES}
+    with _backend(place) as backend, _gateway(place, backend, {"categories": rules}) as gateway:
+        await _store(known, gateway)
+        async with _connected(gateway.port) as connection:
+            count = min(len(known), sizes.rounds * sizes.paraphrases)
+            asked = [text.replace("How do I", "What is the best way to", 1) for text in known[:count]]
+            answers = [check(await connection.ask(chat(_HELPFUL, text))) for text in asked]
+    took = [_room(answer.head, b"judge") for answer in answers if b"detail=semantic" in answer.head]
+    if len(took) < count / 2:
+        raise BenchError(f"the judge serves {len(took)} of {count} paraphrases: too few to time")
+    return absolute("of which judging p50, pair model", statistics.median(took), "ms", Bar("<=", 3, "ms"))
+
+
+async def _store(known: Sequence[str], gateway: Server) -> None:
+    stored = (chat(_HELPFUL, text, headers=_FETCH_ANEW) for text in known)
+    await load(gateway.port, stored, connections=16, expect=b"stored")
+
+
+def _room(head: bytes, name: bytes) -> float:
+    """Milliseconds that Server-Timing gives for a room."""
+    return float(head.partition(name + b";dur=")[2].split(b",")[0].split()[0])
 
 
 @contextmanager
@@ -256,7 +284,7 @@ async def _embedding_within(fresh: Iterator[bytes], gateway: Server) -> Row:
     """Ask the gateway itself (Server-Timing) how much of a miss is the embedding."""
     async with _connected(gateway.port) as connection:
         heads = [check(await connection.ask(request), b"embed;dur=").head for request in fresh]
-    took = [float(head.partition(b"embed;dur=")[2].split(b",")[0].split()[0]) for head in heads]
+    took = [_room(head, b"embed") for head in heads]
     return absolute("of which embedding p50, semantic mode", statistics.median(took), "ms")
 
 

@@ -22,8 +22,10 @@ import orjson
 
 from cachestore import Document, Hit, Store, StoreError
 from gateway import settings as settings_file
-from gateway.app import open_embedder, open_store, semantic_room
+from gateway.app import open_embedder, open_judge, open_store, semantic_room
 from gateway.embedding import Embedder, EmbedderError, Embedding
+from gateway.judge import JudgeError
+from gateway.judge.pairjudge import PairJudge
 from gateway.semantic import Looked, SemanticRoom
 from gateway.settings import Settings, SettingsError
 from gateway.timing import Timing
@@ -33,6 +35,7 @@ from policies.canonical import Origin, digest, shaping_fields
 from policies.category import CallFacts, CategoryPolicy, CategoryTable
 from policies.classifier import CategoryHead
 from policies.controls import Controls, Mode
+from policies.judge import Judge
 from policies.reasons import NotStored
 from policies.scope import Comparable, comparable
 
@@ -156,10 +159,14 @@ class _Bench:
             return Outcome(pair.label, NEVER, served=False)
         await self._put(tenant, pair.a, stored)
         scored = await self._look(tenant, pair.b, open_to_all=True)
-        # Would the gateway, as it is set, have kept `a` for comparison, and found it?
-        kept = (await self._look(tenant, pair.a, open_to_all=False)).vector is not None
-        served = kept and isinstance((await self._look(tenant, pair.b, open_to_all=False)).found, Hit)
+        # What is refused although all is let through to the judge is refused at any settings.
+        served = isinstance(scored.found, Hit) and await self._served(tenant, pair)
         return Outcome(pair.label, NEVER if scored.score is None else scored.score, served)
+
+    async def _served(self, tenant: str, pair: Pair) -> bool:
+        """Would the gateway, as it is set, have kept `a` for comparison, and found it?"""
+        kept = (await self._look(tenant, pair.a, open_to_all=False)).vector is not None
+        return kept and isinstance((await self._look(tenant, pair.b, open_to_all=False)).found, Hit)
 
     async def _look(self, tenant: str, text: str, *, open_to_all: bool) -> Looked:
         origin, asked = _question(tenant, text)
@@ -209,14 +216,14 @@ def chunks(items: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
 
 
 @asynccontextmanager
-async def _bench(settings: Settings, embedder: Embedder) -> AsyncIterator[_Bench]:
+async def _bench(settings: Settings, embedder: Embedder, judge: Judge) -> AsyncIterator[_Bench]:
     """A fresh store in a temporary directory, everything else as the settings say."""
-    table = settings.cache.table()
+    table = settings.cache.table(judged=isinstance(judge, PairJudge))
     with tempfile.TemporaryDirectory(prefix="hitpath-eval-") as folder:
         remembering = _Remembering(embedder)
         store = await open_store(settings.model_copy(update={"data_dir": Path(folder)}), table, remembering)
         try:
-            room = semantic_room(remembering, store, table)
+            room = semantic_room(remembering, store, judge, table)
             assert room is not None, "there is an embedder"
             await store.loaded.wait()
             yield _Bench(remembering, store, room, table)
@@ -225,17 +232,25 @@ async def _bench(settings: Settings, embedder: Embedder) -> AsyncIterator[_Bench
 
 
 async def evaluate_pairs(paths: Sequence[Path], settings: Settings) -> list[PairReport]:
-    """Measure each file in turn. Raises DataError, EmbedderError, StoreError."""
-    files = [(path, [pair for pair in read_pairs(path) if pair.label != -1]) for path in paths]
+    """Measure each file in turn. Raises DataError, EmbedderError, JudgeError, StoreError."""
+    files = [read_pairs(path) for path in paths]
+    found = await ask_all(files, settings)
+    return [report_pairs(str(path), outcomes) for path, outcomes in zip(paths, found, strict=True)]
+
+
+async def ask_all(sets: Sequence[Sequence[Pair]], settings: Settings) -> list[list[Outcome]]:
+    """Ask every set of pairs a fresh store, those of label -1 left out. Raises what `evaluate_pairs` does."""
+    judge = await open_judge(settings)
     embedder = await _embedder(settings)
     try:
-        reports = []
-        for path, pairs in files:
-            async with _bench(settings, embedder) as bench:
-                reports.append(report_pairs(str(path), await bench.ask(pairs)))
-        return reports
+        found = []
+        for pairs in sets:
+            async with _bench(settings, embedder, judge) as bench:
+                found.append(await bench.ask([pair for pair in pairs if pair.label != -1]))
+        return found
     finally:
         await embedder.close()
+        await judge.close()
 
 
 async def _embedder(settings: Settings) -> Embedder:
@@ -346,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"hitpath eval: {error}", file=sys.stderr)
         return 2
-    except (DataError, EmbedderError, StoreError) as error:
+    except (DataError, EmbedderError, JudgeError, StoreError) as error:
         print(f"hitpath eval: {error}", file=sys.stderr)
         return 1
     return 0

@@ -41,3 +41,15 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
         return None
     values: NDArray[np.float64] = np.percentile(np.array(seconds), [50, 90, 99]) * 1000
     return {name: round(float(value), 3) for name, value in zip(("p50", "p90", "p99"), values, strict=True)}
+
+
+def reliability(
+    shares: NDArray[np.float64], labels: NDArray[np.float64], bins: int = 10
+) -> list[tuple[int, float, float]]:
+    """Pairs, mean probability and share that serve, by tenths of the probability."""
+    place = np.minimum((shares * bins).astype(int), bins - 1)
+    return [
+        (int((place == part).sum()), float(shares[place == part].mean()), float(labels[place == part].mean()))
+        for part in range(bins)
+        if (place == part).any()
+    ]

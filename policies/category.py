@@ -7,10 +7,13 @@ prices go stale in minutes, a wrong medical answer costs more than a missed hit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policies.controls import Controls, Mode
+from policies.examples import ExampleRules
+from policies.freshness import FreshnessRules
+from policies.personal import Handling
 
 FALLBACK = "general"
 
@@ -33,6 +36,21 @@ class CategoryPolicy:
     """Accepted probability of a wrong answer among semantic hits."""
     max_relax: float = 0.0
     """How far the threshold may fall under load."""
+    ttl_jitter: float = 0.02
+    """Share by which a TTL may be shortened at random, so that what came together does not expire together."""
+    freshness: FreshnessRules = field(default_factory=FreshnessRules)
+    stale_while_revalidate: float = 0.0
+    """Seconds after its expiry in which an answer is served at once while it is fetched anew."""
+    stale_if_error: float = 0.0
+    """Seconds after its expiry in which an answer is served if the backend fails."""
+    admit_after: int = 1
+    """Misses after which an answer is kept; 1 keeps the first."""
+    replay_pace: float = 0.0
+    """Tokens per second at which a stored answer is replayed as a stream; 0: as fast as the client reads."""
+    personal: Handling = Handling.PRIVATE
+    """What becomes of answers in which personal data is found."""
+    example: ExampleRules | None = None
+    """Whether a near answer may serve as an example to a cheaper model; None: never."""
 
     def under(self, controls: Controls) -> CategoryPolicy:
         """Return the rules for one call: a client may be stricter than the operator, never laxer."""
@@ -46,6 +64,8 @@ class CategoryPolicy:
         )
 
 
+PAIR_THRESHOLD = 0.55
+"""Default threshold where the pair model judges: similarity only proposes."""
 _CAUTION: Mapping[str, Mapping[str, Any]] = {
     "assistant": {"ttl": 3600.0},
     "code": {"threshold": 0.92},
@@ -59,6 +79,8 @@ _CAUTION: Mapping[str, Mapping[str, Any]] = {
 }
 """Built-in caution for the classifier's categories. It only ever makes the default stricter. Mathematics is exact:
 a cosine does not see a changed number (GSM-Plus negatives look more alike than its positives)."""
+_JUDGED = ("mode", "threshold")
+"""Caution that is for cosines only: the pair model and its guards do see it."""
 
 
 class UnknownCategoryError(ValueError):
@@ -106,11 +128,20 @@ class CategoryTable:
         default: CategoryPolicy,
         overrides: Mapping[str, Mapping[str, Any]],
         rules: Sequence[Rule] = (),
+        *,
+        judged: bool = False,
     ) -> None:
-        """Build the table: default, made stricter by the built-in caution, overridden by the operator's settings."""
+        """Build the table: default, made stricter by the built-in caution, overridden by the operator's settings.
+
+        `judged` says that more than similarity decides.
+        """
         self._rules = tuple(rules)
         names = sorted({*_CAUTION, *overrides})
-        cautious = {name: _stricter(replace(default, name=name), _CAUTION.get(name, {})) for name in names}
+        left_out = _JUDGED if judged else ()
+        caution = {
+            name: {key: value for key, value in _CAUTION.get(name, {}).items() if key not in left_out} for name in names
+        }
+        cautious = {name: _stricter(replace(default, name=name), caution[name]) for name in names}
         self._policies = {name: replace(cautious[name], **overrides.get(name, {})) for name in names}
 
     @property

@@ -44,12 +44,16 @@ class Controls:
     ttl: float | None = None
     threshold: float | None = None
     namespace: str = ""
+    explain: bool = False
+    """Say what would be done, and do nothing."""
 
     def variant(self) -> tuple[object, ...]:
         """Return what must agree before two calls with one exact key may share one generation."""
         return (self.no_cache, self.only_if_cached, self.max_age, self.mode, self.category, self.ttl, self.threshold)
 
 
+EXPLAIN = "explain"
+"""The mode in which a call is explained instead of answered."""
 PLAIN = Controls()
 _MAX_NAMESPACE = 256
 
@@ -57,17 +61,19 @@ _MAX_NAMESPACE = 256
 def parse_controls(headers: Mapping[str, str]) -> Controls:
     """Read the controls from lower-cased request headers; raises ControlError naming the header and a right value."""
     directives = _directives(headers.get("cache-control", ""))
+    explain = headers.get("x-hitpath-mode", "").strip().lower() == EXPLAIN
     return Controls(
         no_cache="no-cache" in directives,
         no_store="no-store" in directives,
         only_if_cached="only-if-cached" in directives,
         max_age=_seconds(directives, "max-age"),
         stale_if_error=_seconds(directives, "stale-if-error") or 0.0,
-        mode=_mode(headers.get("x-hitpath-mode")),
+        mode=None if explain else _mode(headers.get("x-hitpath-mode")),
         category=headers.get("x-hitpath-category"),
         ttl=_ttl(headers.get("x-hitpath-ttl")),
         threshold=_threshold(headers.get("x-hitpath-threshold")),
         namespace=_namespace(headers.get("x-hitpath-namespace", "")),
+        explain=explain,
     )
 
 
@@ -94,7 +100,7 @@ def _mode(value: str | None) -> Mode | None:
     try:
         return Mode(value.strip().lower())
     except ValueError:
-        raise ControlError("x-hitpath-mode", f"{value!r} is not one of {', '.join(Mode)}") from None
+        raise ControlError("x-hitpath-mode", f"{value!r} is not one of {', '.join(Mode)}, {EXPLAIN}") from None
 
 
 def _ttl(value: str | None) -> float | None:

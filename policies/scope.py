@@ -27,6 +27,12 @@ class Comparable:
     rest: dict[str, Any]
     """Every other shaping field, with the text taken out."""
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The shaping fields, without the text."""
+        fields: Mapping[str, Any] = self.rest["fields"]
+        return fields
+
     def scope(self, origin: Origin, embedder: str) -> bytes:
         """Return the 16-byte fingerprint of all that must be equal; `embedder` is the embedder's identity."""
         return digest(origin, [embedder, self.rest])

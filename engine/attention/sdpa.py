@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.attention import LayerPool, Packed
+from engine.ops import padded
 
 _SMALL = 8
 """Up to this many blocks, decoding sequences share one batch: padding costs less than another call."""
@@ -41,17 +42,22 @@ class _Decodes:
     rows: Tensor | slice
     keys: _Keys
     mask: Tensor | None
-    """bool [B, 1, 1, width]."""
+    """[B, 1, 1, width], of `_mask`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
-    """Several new tokens of one sequence; without `keys` they are all there is, and plainly causal."""
+    """Several new tokens of one sequence; without `keys` they are all there is, and plainly causal.
+
+    Computed as so many rows and whole blocks of keys as `padded` says, which see nothing or are seen by nobody.
+    """
 
     rows: slice
+    missing: int
+    """Rows that are added."""
     keys: _Keys | None
     mask: Tensor | None
-    """bool [T, width]."""
+    """[T + missing, width], of `_mask`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,19 +118,20 @@ class SdpaBackend:
 
     def _prefill(self, queries: Tensor, pool: LayerPool, prompt: _Prompt, fresh: tuple[Tensor, Tensor]) -> Tensor:
         """[T, H, D] to [T, H, D]."""
+        rows, more = len(queries), (0, 0, 0, 0, 0, prompt.missing)
         if prompt.keys is None:
-            keys, values = (part[prompt.rows].transpose(0, 1)[None] for part in fresh)
+            keys, values = (functional.pad(part[prompt.rows], more).transpose(0, 1)[None] for part in fresh)
         else:
             keys, values = self._gather(pool, prompt.keys, 1)
         seen = functional.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
+            functional.pad(queries, more).transpose(0, 1)[None],
             keys,
             values,
             attn_mask=prompt.mask,
             is_causal=prompt.mask is None,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
-        return seen[0].transpose(0, 1).contiguous()
+        return seen[0].transpose(0, 1)[:rows].contiguous()
 
     def _gather(self, pool: LayerPool, keys: _Keys, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each [B, K, width, D]; valid until the next call."""
@@ -166,7 +173,7 @@ def _decodes(
     seen = positions < lengths
     if window is not None:
         seen &= positions >= lengths - window
-    return _Decodes(rows, _Keys(blocks, width=width), seen[:, None, None])
+    return _Decodes(rows, _Keys(blocks, width=width), _mask(seen[:, None, None]))
 
 
 def _first_block(total: int, window: int | None, block_size: int) -> int:
@@ -175,17 +182,29 @@ def _first_block(total: int, window: int | None, block_size: int) -> int:
 
 def _prompt(packed: Packed, index: int, rows: slice, window: int | None, block_size: int) -> _Prompt:
     count, total = packed.counts[index], packed.totals[index]
+    missing = padded(count) - count
     if count == total and (window is None or total <= window):
-        return _Prompt(rows, None, None)
+        return _Prompt(rows, missing, None, None)
     begin = total - count if packed.firsts is None else packed.firsts[index]
     first = 0 if window is None else max(0, begin - window + 1)
-    keys = _keys(packed.tables[index], first, total, block_size)
-    device = packed.ids.device
-    distance = packed.positions[rows][:, None] - torch.arange(first, total, device=device)
-    mask = distance >= 0
+    first, last = first // block_size * block_size, -(-total // block_size) * block_size
+    keys = _keys(packed.tables[index], first, last, block_size)
+    distance = packed.positions[rows][:, None] - torch.arange(first, last, device=packed.ids.device)
+    seen = distance >= 0
     if window is not None:
-        mask &= distance < window
-    return _Prompt(rows, keys, mask)
+        seen &= distance < window
+    # Rows that are added see everything: seeing nothing would make them NaN.
+    return _Prompt(rows, missing, keys, _mask(functional.pad(seen, (0, 0, 0, missing), value=True)))
+
+
+def _mask(seen: Tensor) -> Tensor:
+    """What the kernel adds to the scores, or on a GPU, which takes no other dtype than the queries', what it lets pass.
+
+    Told what to let pass, the CPU's kernel makes this of it, and would in every layer.
+    """
+    if seen.device.type != "cpu":
+        return seen
+    return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
 def _keys(table: Tensor, first: int, total: int, block_size: int) -> _Keys:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def _tensor(body: memoryview, entry: dict[str, Any]) -> Floats:
     return np.frombuffer(body[start:end], np.float32).reshape(entry["shape"])
 
 
-class _Graph:
+class Graph:
     """Nodes and constants as they are added; every method returns the name of what it computed."""
 
     def __init__(self) -> None:
@@ -83,25 +83,24 @@ class _Graph:
         self.watched: dict[str, str] = {}
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
+        """Add a constant; a name may be given once."""
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output."""
         name = f"{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes))
         return name
 
-    def model(self, output: str, watched: Iterable[str] = ()) -> onnx.ModelProto:
-        value = helper.make_tensor_value_info
-        inputs = [
-            value("ids", TensorProto.INT64, [1, "rows"]),
-            value("positions", TensorProto.INT64, [1, "rows"]),
-            value("shape", TensorProto.INT64, [3]),
-            value("lengths", TensorProto.INT32, ["texts"]),
-            value("pool", TensorProto.FLOAT, ["texts", 1, "tokens"]),
-        ]
-        outputs = [value(output, TensorProto.FLOAT, ["texts", 1, DIM])]
-        outputs += [value(name, TensorProto.FLOAT, None) for name in watched]
+    def model(
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        output: onnx.ValueInfoProto,
+        watched: Iterable[str] = (),
+    ) -> onnx.ModelProto:
+        """Return the whole graph; `watched` names values that are put out beside the output."""
+        outputs = [output, *(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in watched)]
         graph = helper.make_graph(self.nodes, "minilm", inputs, outputs, self.constants)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -155,23 +154,27 @@ class _Rows:
     balance: _Balance
 
 
-class _Encoder:
+class Encoder:
     """Writes the encoder into a graph: int8 with ranges, the plain float32 twin without."""
 
     def __init__(self, weights: Mapping[str, Floats], ranges: Ranges | None) -> None:
         self.weights = weights
         self.ranges = ranges
-        self.graph = _Graph()
+        self.graph = Graph()
 
     def write(self) -> str:
         """Write all of it; returns the name of the vectors, [texts, 1, DIM]."""
+        rows = self.layers(self._embeddings())
+        return self.graph.op("LpNormalization", self.graph.op("MatMul", "pool", rows), axis=-1, p=2)
+
+    def layers(self, rows: str) -> str:
+        """Write what follows the sum of the embeddings, [1, rows, DIM]; returns the last rows, [texts, tokens, DIM]."""
         self.graph.constant("flat", np.array([1, -1, DIM], np.int64))
-        rows, norm = self._embeddings(), "embeddings.LayerNorm"
+        norm = "embeddings.LayerNorm"
         for layer in range(LAYERS):
             rows, norm = self._layer(layer, rows, norm)
         gain, shift = self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]
-        rows = self.graph.op("Reshape", self._layer_norm(norm, rows, gain, shift), "shape")
-        return self.graph.op("LpNormalization", self.graph.op("MatMul", "pool", rows), axis=-1, p=2)
+        return self.graph.op("Reshape", self._layer_norm(norm, rows, gain, shift), "shape")
 
     def _embeddings(self) -> str:
         graph, words = self.graph, self.weights["embeddings.word_embeddings.weight"]
@@ -291,21 +294,31 @@ def _round_rows(matrix: Floats, top: int) -> tuple[NDArray[np.int8], Floats]:
 
 def quantised(weights: Mapping[str, Floats], ranges: Ranges) -> onnx.ModelProto:
     """The int8 graph that is shipped to the cache."""
-    encoder = _Encoder(weights, ranges)
-    return encoder.graph.model(encoder.write())
+    return _model(Encoder(weights, ranges))
 
 
 def plain(weights: Mapping[str, Floats]) -> onnx.ModelProto:
     """The float32 twin, which the int8 graph is compared with."""
-    encoder = _Encoder(weights, None)
-    return encoder.graph.model(encoder.write())
+    return _model(Encoder(weights, None))
 
 
 def watched(weights: Mapping[str, Floats]) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The float32 twin that also puts out every activation that is quantised in the other, and their names in order."""
-    encoder = _Encoder(weights, None)
-    vectors = encoder.write()
-    return encoder.graph.model(vectors, encoder.graph.watched.values()), tuple(encoder.graph.watched)
+    encoder = Encoder(weights, None)
+    return _model(encoder, watch=True), tuple(encoder.graph.watched)
+
+
+def _model(encoder: Encoder, *, watch: bool = False) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    inputs = [
+        value("ids", TensorProto.INT64, [1, "rows"]),
+        value("positions", TensorProto.INT64, [1, "rows"]),
+        value("shape", TensorProto.INT64, [3]),
+        value("lengths", TensorProto.INT32, ["texts"]),
+        value("pool", TensorProto.FLOAT, ["texts", 1, "tokens"]),
+    ]
+    output = value(encoder.write(), TensorProto.FLOAT, ["texts", 1, DIM])
+    return encoder.graph.model(inputs, output, encoder.graph.watched.values() if watch else ())
 
 
 def load_ranges(path: Path = RANGES_FILE) -> dict[str, Floats]:

@@ -33,7 +33,9 @@ class MiniLM:
 
     def __init__(self, model: str | bytes, tokenizer: Path, *, threads: int = 1) -> None:
         """Load from a file's path or a model's bytes. Raises what the two libraries raise."""
-        self._session = onnxruntime.InferenceSession(model, _options(threads), providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            model, session_options(threads), providers=["CPUExecutionProvider"]
+        )
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         # The file's own settings pad every text to 128 tokens.
         self._tokenizer.no_padding()
@@ -102,7 +104,8 @@ def group_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """How a model runs beside a server: few threads, no memory kept for shapes seen once."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import aiohttp
 import torch
 
+from engine.assembly import speed_up
 from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
 from engine.errors import CheckpointError
 from engine.executor import BLOCK_SIZE, block_bytes
@@ -163,6 +164,7 @@ async def _complete(session: aiohttp.ClientSession, prompt: list[int], tokens: i
 def measure(directory: Path, dtype: str, sizes: Sizes, threads: int) -> list[Row]:
     """All figures of one checkpoint in one dtype. Raises BenchError, CheckpointError."""
     checkpoint = load_checkpoint(directory, name=directory.name, dtype=dtype)
+    speed_up(checkpoint)
     subject = Subject(directory, checkpoint, threads, sizes)
     room = sizes.room
     with Local(checkpoint, tokens=room, threads=threads).running() as engine:

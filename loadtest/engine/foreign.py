@@ -40,6 +40,10 @@ class Tool:
     name: str
     packages: tuple[str, ...]
 
+    def installed(self) -> str:
+        """What is written down when it is: an environment with anything else in it is made anew."""
+        return "\n".join((_TORCH, *self.packages))
+
 
 GUIDELLM = Tool("guidellm", ("guidellm==0.8.1",))
 LMCACHE = Tool("lmcache", ("lmcache==0.5.6", "openai>=2"))
@@ -145,13 +149,12 @@ RUNS: Mapping[str, tuple[Tool, Run]] = MappingProxyType(
 def install(tool: Tool, cache: Path) -> Path:
     """The folder of its commands; made on first use. Raises BenchError when a package cannot be installed."""
     home, done = cache / tool.name, cache / f"{tool.name}.installed"
-    wanted = "\n".join((_TORCH, *tool.packages))
-    if not (done.exists() and done.read_text() == wanted):
+    if not (done.exists() and done.read_text() == tool.installed()):
         print(f"installing {tool.name} into {home} …", file=sys.stderr, flush=True)
         venv.create(home, with_pip=True, clear=True)
         for packages in ((_TORCH,), tool.packages):
             _call(home / "bin" / "python", "-m", "pip", "install", "--quiet", *packages, limit=1800)
-        done.write_text(wanted)
+        done.write_text(tool.installed())
     return home / "bin"
 
 

@@ -277,7 +277,7 @@ class Serving:
             self.books, max_running=sizes.concurrent, max_waiting=1024, token_budget=budget, patience=600
         )
         self._happened: list[tuple[float, Happened]] = []
-        self._runner = Runner(checkpoint, scheduler, self.executor, threads=2, deliver=self._deliver)
+        self._runner = Runner(checkpoint, scheduler, self.executor, deliver=self._deliver)
         self._runner.start()
 
     def _deliver(self, happened: Happened) -> None:

@@ -67,12 +67,12 @@ class Local:
         """`tokens`: room for keys and values."""
         blocks = -(-tokens // BLOCK_SIZE)
         backend = choose(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device, block_size=BLOCK_SIZE)
-        self._executor = _Stopwatch(checkpoint, backend, blocks=blocks, context=tokens)
+        self._executor = _Stopwatch(checkpoint, backend, blocks=blocks, context=tokens, threads=threads)
         books = BlockManager(blocks, BLOCK_SIZE, root=b"bench")
         scheduler = Scheduler(
             books, max_running=_MAX_RUNNING, max_waiting=1024, token_budget=_TOKEN_BUDGET, patience=600
         )
-        self._runner = Runner(checkpoint, scheduler, self._executor, threads=threads, deliver=_hand_out, watch=self)
+        self._runner = Runner(checkpoint, scheduler, self._executor, deliver=_hand_out, watch=self)
         self._decoding = 0
         self._ended: tuple[int, float] = (0, 0.0)
         """Answers of the step before if it only decoded, and when it ended."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.checkpoint import load_checkpoint
 from engine.cpu import lay_out
-from engine.ops import PlainOps
+from engine.ops import PlainOps, padded
 from tests.engine import checkpoints
 from tests.engine.stepping import Stepper
 
@@ -33,3 +35,13 @@ def test_float32_stays_as_it_is(tmp_path: Path) -> None:
     lay_out(exact.model)
     assert exact.model.weights is before
     assert type(exact.model.ops) is PlainOps
+
+
+@given(st.integers(1, 100_000))
+def test_numbers_of_rows_are_few_and_hardly_more_than_needed(rows: int) -> None:
+    assert rows <= padded(rows) <= rows * 1.125
+    assert padded(padded(rows)) == padded(rows)
+
+
+def test_a_token_budget_meets_few_programs() -> None:
+    assert len({padded(rows) for rows in range(1, 513)}) <= 56

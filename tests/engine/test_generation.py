@@ -46,7 +46,7 @@ async def generating(checkpoint: Checkpoint) -> AsyncIterator[openai.AsyncOpenAI
     books = BlockManager(BLOCKS, BLOCK_SIZE, root=b"test")
     scheduler = Scheduler(books, max_running=8, max_waiting=16, token_budget=256, patience=10.0)
     executor = Executor(checkpoint, SdpaBackend(), blocks=BLOCKS, context=CONTEXT)
-    runner = Runner(checkpoint, scheduler, executor, threads=1, deliver=delivery)
+    runner = Runner(checkpoint, scheduler, executor, deliver=delivery)
     engine = Engine(checkpoint, runner, context=CONTEXT, delivery=delivery, metrics=quiet_metrics())
     async with connected(engine) as client:
         yield client
@@ -66,6 +66,22 @@ async def test_random_weights_follow_a_schema(hermes: Checkpoint) -> None:
         assert list(note) == ["name", "kind"]
         assert note["kind"] in ("é", "漢字")
     assert len({choice.message.content for choice in answer.choices}) > 1
+
+
+async def test_an_answer_that_cannot_go_on_ends_with_its_last_token(hermes: Checkpoint) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "word", "schema": {"const": "é"}}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "response_format": form, "temperature": 0}
+    async with generating(hermes) as client:
+        free = await client.chat.completions.create(**asked, max_tokens=50, logprobs=True)
+        assert free.usage is not None
+        drawn = free.choices[0].logprobs
+        assert drawn is not None
+        assert free.usage.completion_tokens == len(drawn.content or ())
+        tight = await client.chat.completions.create(**asked, max_tokens=free.usage.completion_tokens)
+    assert (free.choices[0].finish_reason, tight.choices[0].finish_reason) == ("stop", "stop")
+    assert (
+        json.loads(free.choices[0].message.content or "") == json.loads(tight.choices[0].message.content or "") == "é"
+    )
 
 
 async def test_random_weights_call_the_tool_they_must(hermes: Checkpoint) -> None:

@@ -44,7 +44,7 @@ def made(
     books = BlockManager(blocks, BLOCK_SIZE, root=b"tiny")
     scheduler = Scheduler(books, max_running=running, max_waiting=waiting, token_budget=512, patience=30.0)
     computing = executor(checkpoint, SdpaBackend(), blocks=blocks, context=4096)
-    return Runner(checkpoint, scheduler, computing, threads=1, deliver=deliver)
+    return Runner(checkpoint, scheduler, computing, deliver=deliver)
 
 
 @pytest.fixture

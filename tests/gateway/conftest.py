@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from gateway.embedding.local import load
 from tests.fakes import ScriptedUpstream
 from tests.gateway.harness import Client, serving, settings_for
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory in whose cache the embedder's file is built."""
+    data_dir = tmp_path_factory.mktemp("embedder")
+    load(data_dir)
+    return data_dir
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -66,7 +67,9 @@ class Client:
 
     async def post(self, path: str, body: Any, **headers: str) -> Answer:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        data = body if isinstance(body, bytes) else orjson.dumps(body)
+        data: Any = body if isinstance(body, bytes) else orjson.dumps(body)
+        if len(data) > 2**20:
+            data = io.BytesIO(data)  # the client warns of larger bytes
         return await self.ask("POST", path, headers={"content-type": "application/json", **named}, data=data)
 
     async def chat(
@@ -81,11 +84,23 @@ def chat_body(text: str, *, stream: bool = False, **fields: Any) -> dict[str, An
 
 
 def settings_for(data_dir: Path, *upstreams: ScriptedUpstream | str, **groups: Any) -> Settings:
-    """Settings in front of the backends given, nothing compared by meaning unless `cache` says so."""
+    """Settings in front of the backends given, nothing compared by meaning unless `cache` says so.
+
+    No budget is kept unless `cache` says so either: checks would ask the backend whenever chance says so.
+    """
     urls = [upstream if isinstance(upstream, str) else upstream.url for upstream in upstreams]
     named = [{"name": f"up{number}", "kind": "openai", "url": url} for number, url in enumerate(urls)]
-    cache = {"embedder": {"kind": "none"}, **groups.pop("cache", {})}
+    cache = {"embedder": {"kind": "none"}, "budgets": {"keep": False}, **groups.pop("cache", {})}
     return validate({"data_dir": data_dir, "upstreams": named, "cache": cache, **groups}, source="test")
+
+
+def comparing(data_dir: Path, built: Path, *upstreams: ScriptedUpstream, **groups: Any) -> Settings:
+    """Settings with the local embedder, whose file is built already, and similarity as the only judge."""
+    if not (data_dir / "cache").exists():
+        (data_dir / "cache").symlink_to(built / "cache", target_is_directory=True)
+    alone = {"judge": {"kind": "threshold"}, "budgets": {"keep": False}}
+    cache = {"embedder": {"kind": "local"}, **alone, **groups.pop("cache", {})}
+    return settings_for(data_dir, *upstreams, cache=cache, **groups)
 
 
 @asynccontextmanager

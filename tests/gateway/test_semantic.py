@@ -1,4 +1,7 @@
-"""Answers found by meaning, with the real local embedder; a remote one where the embedder has to misbehave."""
+"""Answers found by meaning, with the real local embedder; a remote one where the embedder has to misbehave.
+
+Most tests let similarity alone decide, whose figures are known; those of the pair judge have a gateway of their own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import pytest_asyncio
 
 from gateway.app import open_gateway
 from gateway.embedding import EmbedderError
-from gateway.embedding.local import load
 from gateway.settings import Settings
 from loadtest.scripted import answer_text
 from tests.fakes import Hang, Normal, NotHttp, Script, ScriptedUpstream, error_reply, json_reply, refused_url
@@ -31,19 +33,12 @@ FAR = "How long does it take to boil an egg?"
 
 CACHE: dict[str, Any] = {
     "embedder": {"kind": "local"},
+    "judge": {"kind": "threshold"},
     "categories": {"careful": {"threshold": 0.98}, "literal": {"mode": "exact"}, "never": {"mode": "off"}},
     "rules": [
         {"category": name, "when": {"system_contains": f"be {name}"}} for name in ("careful", "literal", "never")
     ],
 }
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory in whose cache the embedder's file is built."""
-    data_dir = tmp_path_factory.mktemp("embedder")
-    load(data_dir)
-    return data_dir
 
 
 def local_settings(data_dir: Path, built: Path, upstream: ScriptedUpstream, **cache: Any) -> Settings:
@@ -299,6 +294,53 @@ async def test_a_question_is_classified(room: Semantic) -> None:
     assert (code.headers["x-hitpath-category"], medical.headers["x-hitpath-category"]) == ("code", "medical")
 
 
+# --- the pair judge ------------------------------------------------------------------------------------------------
+
+DOUBTED = "How do I enable the firewall on my laptop?"
+OPPOSITE = "How do I disable the firewall on my laptop?"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served_by_pairs(
+    built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Client, ScriptedUpstream]]:
+    """A gateway with the default judge."""
+    upstream, data_dir = ScriptedUpstream(), tmp_path_factory.mktemp("pairs")
+    async with upstream, serving(local_settings(data_dir, built, upstream, judge={})) as client:
+        yield client, upstream
+
+
+@pytest.fixture
+def judged(served_by_pairs: tuple[Client, ScriptedUpstream], request: pytest.FixtureRequest) -> Semantic:
+    return Semantic(*served_by_pairs, request.node.name)
+
+
+async def test_the_pair_judge_serves_a_paraphrase(judged: Semantic) -> None:
+    asked = "How do I reset my password?"
+    await judged.ask(asked)
+    hit = await judged.ask("How can I reset my password?", x_hitpath_category="general")
+    assert is_semantic(hit)
+    assert hit.text == answer_text("m", asked)
+    assert float(hit.headers["x-hitpath-probability"]) > 0.8
+    assert "judge;dur=" in hit.headers["server-timing"]
+
+
+async def test_the_pair_judge_refuses_what_similarity_would_serve(judged: Semantic) -> None:
+    await judged.ask(DOUBTED)
+    refused = await judged.ask(OPPOSITE)
+    assert refused.cache == "hitpath; fwd=miss; fwd-status=200; stored; detail=judge-refused"
+    assert similarity(refused) > 0.85
+    assert refused.text == answer_text("m", OPPOSITE)
+
+
+async def test_nothing_is_judged_where_nothing_is_near(judged: Semantic) -> None:
+    await judged.ask(ASKED)
+    exact, far, alone = await judged.ask(ASKED), await judged.ask(FAR), await judged.ask(ASKED, stream=True)
+    assert "judge" not in exact.headers["server-timing"]
+    assert is_plain_miss(far)
+    assert "detail=exact" in alone.cache
+
+
 # --- where similarity may not speak --------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -501,7 +543,7 @@ def remote_settings(
     data_dir: Path, embedder: ScriptedUpstream, upstream: ScriptedUpstream, model: str = "e", **more: Any
 ) -> Settings:
     remote = {"kind": "openai", "url": embedder.url, "model": model, "timeout": "500ms", **more}
-    return settings_for(data_dir, upstream, cache={"embedder": remote})
+    return settings_for(data_dir, upstream, cache={"embedder": remote, "judge": {"kind": "threshold"}})
 
 
 async def test_a_remote_embedder(

@@ -78,7 +78,14 @@ def test_without_tenants_a_token_is_a_namespace() -> None:
     assert one != other
     assert "one" not in one
     assert tenants.identify("").namespace == "anonymous"
-    assert Tenants([], shared=True).identify("one") == Tenants([], shared=True).identify("")
+
+
+def test_who_shares_has_a_namespace_of_its_own_and_a_common_one() -> None:
+    tenants = Tenants([], shared=True)
+    one, other = tenants.identify("one"), tenants.identify("")
+    assert one.namespace != other.namespace
+    assert one.shared == other.shared == "shared"
+    assert Tenants([], shared=False).identify("one").shared is None
 
 
 @pytest.mark.parametrize(

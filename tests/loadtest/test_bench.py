@@ -19,10 +19,8 @@ TINY = Scale(Sizes(rounds=1, hits=40, known=10, paraphrases=5, alone=5, misses=2
 def test_what_is_measured_over_sockets_comes_out_positive() -> None:
     rows = bench.measure(TINY, ["exact", "semantic", "stream"])
     assert rows[0].name == "exact hits, 8 connections"
-    for row in rows:
-        assert row.measured > 0
-        assert row.ceiling is not None
-        assert row.ceiling > 0
+    assert all(row.measured > 0 for row in rows)
+    assert all(row.ceiling is None or row.ceiling > 0 for row in rows)
 
 
 def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:

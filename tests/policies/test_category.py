@@ -9,7 +9,7 @@ import pytest
 from policies.admission import admit
 from policies.category import CallFacts, CategoryPolicy, CategoryTable, Rule, UnknownCategoryError
 from policies.controls import PLAIN, Controls, Mode
-from policies.judge import Accepted, Candidate, Judge, Refused, ThresholdJudge
+from policies.judge import Accepted, Candidate, Judge, Refused, Stage, ThresholdJudge, Verdict
 from policies.ratelimit import TokenBucket
 from policies.reasons import Miss, NotStored
 
@@ -93,13 +93,16 @@ def test_admission(
     assert admit(refusal, policy, controls) is expected
 
 
-def test_the_threshold_judge() -> None:
+async def test_the_threshold_judge() -> None:
     judge: Judge = ThresholdJudge()
-    near, far = Candidate(1, "a", 0.95), Candidate(2, "b", 0.85)
-    assert judge.judge("q", [near, far], DEFAULT) == Accepted(near, 0.95)
-    assert judge.judge("q", [far], DEFAULT) == Refused(Miss.BELOW_THRESHOLD, 0.85)
-    assert judge.judge("q", [], DEFAULT) == Refused(Miss.NO_NEIGHBOUR, -1.0)
-    assert judge.judge("q", [Candidate(3, "c", 0.9)], DEFAULT) == Accepted(Candidate(3, "c", 0.9), 0.9)
+    near, far, edge = Candidate(1, "a", 0.95), Candidate(2, "b", 0.85), Candidate(3, "c", 0.9)
+    for shown, accepted in (([near, far], True), ([edge], True), ([far], False)):
+        verdicts = (Verdict(shown[0], Stage.SIMILARITY, accepted),)
+        found = await judge.judge("q", shown, DEFAULT)
+        similarity = shown[0].similarity
+        refused = Refused(Miss.BELOW_THRESHOLD, similarity, verdicts)
+        assert found == (Accepted(shown[0], similarity, verdicts) if accepted else refused)
+    assert await judge.judge("q", [], DEFAULT) == Refused(Miss.NO_NEIGHBOUR, -1.0)
 
 
 def test_the_bucket_admits_its_rate_and_says_how_long_to_wait() -> None:

@@ -1,0 +1,5 @@
+"""The judge at work: the learned pair model on onnxruntime, beside the guards of `policies`."""
+
+
+class JudgeError(Exception):
+    """The pair model cannot be used; the message names the file and what is wrong with it."""

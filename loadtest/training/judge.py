@@ -1,0 +1,240 @@
+"""Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--steps N]`.
+
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for less than half
+an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
+`MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000`, or a third of the time goes into giving memory
+back. `--keep FILE` lets a run that was stopped go on.
+
+1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
+2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
+   (`judge_data`). The rate rises, stays, and falls to nothing in the last part; what is kept is the mean over the last
+   few hundred steps.
+3. The net is written as an int8 graph (`judge_export`), and from here on only that graph is asked.
+4. The head is fitted to its logits on the held-out part; the card's figures are of heads fitted to four fifths of it
+   and asked about the fifth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from gateway.embedding.local import find_model, load
+from gateway.judge.load import FOLDER
+from gateway.judge.model import PairModel
+from gateway.judge.pairs import Row, row
+from loadtest.data import data_dir
+from loadtest.training import judge_calibrate as calibrate
+from loadtest.training import judge_export as export
+from loadtest.training.judge_data import NOISY, Sample, derived, epoch, read_sets, split
+from loadtest.training.judge_net import PairNet
+from loadtest.training.judge_text import Tokens
+
+SEED = 1
+STEPS = 2200
+"""About an epoch and a quarter."""
+RATE = 1e-4
+WARM_UP = 150
+"""Steps."""
+FALL = 0.45
+"""Last part of the run, in which the rate falls."""
+BATCH_TOKENS = 1280
+SMOOTHING = 0.05
+DECAY = 0.01
+AVERAGE = 0.998
+"""Of the running mean of the weights."""
+RANGE_PAIRS = 400
+KEEP = 300
+"""Steps after which a run can go on."""
+
+Mix = tuple[Sequence[Sample], Sequence[Sample]]
+"""Pairs to learn from, and those that follow from them."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Indices of pairs, and the length they are padded to."""
+
+    tokens: int
+    pairs: list[int]
+
+
+def batches(lengths: Sequence[int], chance: random.Random) -> list[Batch]:
+    """Group pairs of like length, about BATCH_TOKENS each, in random order.
+
+    Padded lengths are few: the kernels are made anew for every shape.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index in chance.sample(range(len(lengths)), len(lengths)):
+        by_length.setdefault(_padded(lengths[index]), []).append(index)
+    made: list[Batch] = []
+    left: list[int] = []
+    for tokens in sorted(by_length):
+        waiting = left + by_length[tokens]
+        size = max(1, BATCH_TOKENS // tokens)
+        full = len(waiting) // size * size
+        made += [Batch(tokens, waiting[start : start + size]) for start in range(0, full, size)]
+        left = waiting[full:]
+    if left:
+        made.append(Batch(max(by_length), left))
+    chance.shuffle(made)
+    return made
+
+
+def _padded(length: int) -> int:
+    step = 8 if length <= 96 else 32
+    return -(-length // step) * step
+
+
+def tensors(rows: Sequence[Row], tokens: int) -> Inputs:
+    """Token ids, marks, which tokens are the second question's, which are there; all [pairs, tokens]."""
+    ids, marks = np.zeros((len(rows), tokens), np.int64), np.zeros((len(rows), tokens), np.int64)
+    second, inside = np.zeros((len(rows), tokens), np.bool_), np.zeros((len(rows), tokens), np.bool_)
+    for place, item in enumerate(rows):
+        length = len(item.ids)
+        ids[place, :length], marks[place, :length] = item.ids, item.marks
+        second[place, item.second : length], inside[place, :length] = True, True
+    return torch.from_numpy(ids), torch.from_numpy(marks), torch.from_numpy(second), torch.from_numpy(inside)
+
+
+def rate(done: float, step: int) -> float:
+    """The learning rate after a part of the run and a number of steps."""
+    return RATE * min(1.0, step / WARM_UP) * min(1.0, max(0.0, 1 - done) / FALL)
+
+
+def train(
+    net: PairNet, learn: Mix, tokens: Tokens, steps: int, seed: int, keep: Path | None = None, every: int = KEEP
+) -> tuple[dict[str, Tensor], float]:
+    """Train in place; returns the averaged weights and the processor's minutes. Prints how far it is.
+
+    `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every so many steps.
+    """
+    torch.manual_seed(seed)
+    net.train()
+    optimiser = _optimiser(net)
+    average = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    behind, used = 0, -time.process_time()
+    if keep is not None and keep.exists():
+        known = torch.load(keep)
+        net.load_state_dict(known["net"])
+        optimiser.load_state_dict(known["optimiser"])
+        torch.set_rng_state(known["chance"])
+        average, behind = known["average"], known["step"]
+        used += known["used"]
+    started = time.monotonic()
+    plan = _plan(learn, tokens, random.Random(seed))
+    for step, batch in enumerate(islice(plan, behind, steps), behind + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step / steps, step)
+        inputs, wanted = batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(*inputs)
+        loss = functional.binary_cross_entropy_with_logits(logits, wanted)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
+        if step % 200 == 0:
+            print(f"step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+        if keep is not None and step % every == 0:
+            state = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
+            torch.save(state | {"chance": torch.get_rng_state(), "used": used + time.process_time()}, keep)
+    return average, (used + time.process_time()) / 60
+
+
+def _plan(learn: Mix, tokens: Tokens, chance: random.Random) -> Iterator[Callable[[], tuple[Inputs, Tensor]]]:
+    """What makes the batches, epoch after epoch without end."""
+    while True:
+        mix = epoch(*learn, chance)
+        rows = [row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end) for sample in mix]
+        for batch in batches([len(item.ids) for item in rows], chance):
+            yield partial(_filled, mix, rows, batch)
+
+
+def _filled(mix: Sequence[Sample], rows: Sequence[Row], batch: Batch) -> tuple[Inputs, Tensor]:
+    wanted = torch.tensor([mix[index].label for index in batch.pairs]) * (1 - 2 * SMOOTHING) + SMOOTHING
+    return tensors([rows[index] for index in batch.pairs], batch.tokens), wanted
+
+
+def _optimiser(net: PairNet) -> torch.optim.AdamW:
+    parameters = list(net.parameters())
+    groups = [
+        {"params": [item for item in parameters if item.ndim > 1], "weight_decay": DECAY},
+        {"params": [item for item in parameters if item.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
+
+
+def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
+    state = net.state_dict()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - keep)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, export, calibrate, write."""
+    chosen = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    samples = read_sets(data_dir() / "pairs")
+    learn, tested = split(samples)
+    source = find_model()
+    tokens = Tokens(source / "tokenizer.json")
+    weights = load_file(source / "model.safetensors")
+    torch.manual_seed(SEED)
+    net = PairNet.start(weights)
+    if chosen.weights is None:
+        average, minutes = train(net, (learn, derived(learn, samples)), tokens, chosen.steps, SEED, chosen.keep)
+    else:
+        known = torch.load(chosen.weights)
+        average, minutes = known["weights"], known["minutes"]
+    if chosen.save is not None:
+        torch.save({"weights": average, "minutes": minutes}, chosen.save)
+    state = {name: value.numpy() for name, value in average.items()}
+    words = net.words.numpy()
+    rows = [
+        row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end)
+        for sample in random.Random(SEED).sample(learn, min(RANGE_PAIRS, len(learn)))
+    ]
+    graph = export.quantised(state, export.ranges(state, rows, words)).SerializeToString()
+    model = PairModel(graph, source / "model.safetensors", source / "tokenizer.json", threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        embedder, _ = load(chosen.cache or Path(folder), threads=1)
+        judged = calibrate.judged([sample for sample in tested if sample.set not in NOISY], model, embedder)
+    document, card = calibrate.report(judged, learn, minutes)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    calibrate.write(chosen.out, graph, source, document, card)
+    print(card)
+    print(f"graph: {len(graph) / 2**20:.1f} MiB, {hashlib.sha256(graph).hexdigest()}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.training.judge", description="Train the pair model.")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where graph, head and card are written")
+    parser.add_argument("--cache", type=Path, help="data directory whose embedder file is used again")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--keep", type=Path, help="file to go on from when the run is stopped")
+    parser.add_argument("--save", type=Path, help="keep the float weights here")
+    parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.guards import GUARDS, MAX_CHARS, conflict, facts
+
+ANY_TEXT = st.text(st.characters(), max_size=200)  # lone surrogates are among them
+
+REFUSED = [
+    ("numbers", "What is 15% of 80?", "What is 18% of 80?"),
+    ("numbers", "Can height increase after 21?", "Can height increase after 25?"),
+    ("numbers", "He ate two apples of 10", "He ate three apples of 10"),
+    ("numbers", "She sold three quarters of them", "She sold two thirds of them"),
+    ("numbers", "Cancel order 113542617735902", "Cancel order 732201349959"),
+    ("numbers", "phones under 10k", "phones under 15k"),
+    ("units", "Is 500 mg too much?", "Is 500 g too much?"),
+    ("units", "What is $50 worth?", "What is €50 worth?"),
+    ("dates", "What happened in January?", "What happened in February?"),
+    ("numbers", "Who won in 1998?", "Who won in 2002?"),
+    ("identifiers", "Write to ann@example.com", "Write to bob@example.com"),
+    ("identifiers", "What does read_file do?", "What does write_file do?"),
+    ("identifiers", "What is the A320neo's range?", "What is the B737max's range?"),
+    ("names", "What is the capital of France?", "What is the capital of Germany?"),
+    ("names", "Did they visit Peru?", "Did they visit Chile?"),
+    ("negation", "Is Spotify available in India?", "Is Spotify not available in India?"),
+    ("negation", "Which fish can't I eat?", "Which fish can I eat?"),
+    ("opposites", "How do I open a long position?", "How do I open a short position?"),
+    ("opposites", "How to enable the firewall?", "How to disable the firewall?"),
+    ("opposites", "sort ascending in Python", "sort descending in Python"),
+    ("opposites", "trains before noon", "trains after noon"),
+    ("opposites", "Is mortgage interest taxable?", "Is mortgage interest deductible?"),
+    ("order", "How far is it from Rome to Milan?", "How far is it from Milan to Rome?"),
+    ("order", "Is Java better than Rust?", "Is Rust better than Java?"),
+    ("aspects", "What are the symptoms of gout?", "What is the outlook of gout?"),
+    ("aspects", "What causes asthma?", "Who gets asthma treated?"),
+    ("quotes", 'Translate "good night"', 'Translate "good morning"'),
+    ("quotes", "What does `git reset` do?", "What does `git revert` do?"),
+    ("operators", "what is a + b", "what is a * b"),
+]
+SERVED = [
+    ("How do I reset my password?", "How can I change my password?"),
+    ("What is the capital of France?", "what's France's capital city?"),
+    ("What is the population of India?", "How many people live in India?"),
+    ("Who leads the Indian army?", "Who leads the army of India?"),
+    ("He has three apples, how many more for 10?", "He has 3 apples, how many more does he need for ten?"),
+    ("75% of the 20 students left", "Three-fourths of the 20 students left"),
+    ("He ate 2/5 of 60 apples", "He ate 40% of 60 apples"),
+    ("He walks 3 times a week", "He walks thrice a week"),
+    ("It costs $50,000", "It costs 50000 dollars"),
+    ("Can a helicopter fly upside down and why or why not?", "Can a helicopter fly upside down?"),
+    ("How do I know whether he blocked me or not?", "How do I know if he blocked me?"),
+    ("Is it true that nobody lives there?", "Is it right that nobody is living there?"),
+    ("Does Ann like Bob and Carl?", "Does Ann like Carl and Bob?"),
+    ("HOW DO I RESET MY PASSWORD", "how do i reset my password"),
+    ("Should I see a doctor?", "Should I see Dr. Smith's doctor?"),
+]
+
+
+@pytest.mark.parametrize(("guard", "one", "other"), REFUSED)
+def test_a_guard_refuses_both_ways_round(guard: str, one: str, other: str) -> None:
+    for first, second in ((one, other), (other, one)):
+        found = conflict(facts(first), facts(second))
+        assert found is not None
+        assert found.guard == guard
+
+
+@pytest.mark.parametrize(("one", "other"), SERVED)
+def test_guards_are_silent_about_rephrasings(one: str, other: str) -> None:
+    assert conflict(facts(one), facts(other)) is None
+    assert conflict(facts(other), facts(one)) is None
+
+
+def test_a_refusal_says_what_differs() -> None:
+    found = conflict(facts("phones under 100 dollars"), facts("phones under 200 dollars"))
+    assert str(found) == "numbers: 100.0 / 200.0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "?!",
+        "1" * 5000,
+        "9/0",
+        "1/2/3",
+        "🙂🙃",
+        "אבג דהו 12",
+        "\ud800",
+        "a" * 100_000,
+        "x = y ** 2; z < 3",
+        "½ ² Ⅷ",
+    ],
+)
+def test_odd_texts_agree_with_themselves(text: str) -> None:
+    assert conflict(facts(text), facts(text)) is None
+
+
+def test_nothing_is_read_beyond_the_bound() -> None:
+    assert not facts("x" * MAX_CHARS + " 5").numbers
+
+
+@given(ANY_TEXT)
+def test_no_text_conflicts_with_itself(text: str) -> None:
+    assert conflict(facts(text), facts(text)) is None
+
+
+@given(ANY_TEXT, ANY_TEXT)
+def test_a_guard_finds_the_same_from_either_side(one: str, other: str) -> None:
+    a, b = facts(one), facts(other)
+    for guard in GUARDS.values():
+        assert (guard(a, b) is None) == (guard(b, a) is None)
