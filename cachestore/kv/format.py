@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from cachestore.kv.codecs import Damaged, Form
+from cachestore.kv.codecs import CODECS, Damaged, Form
 
 LAYOUT = 1
 """Grows whenever head, parts or a codec change; chunks of another version are never read."""
@@ -156,6 +156,7 @@ def read_head(geometry: Geometry, chunk: Chunk, data: Tensor) -> Head:
         len(raw) != head_size(geometry, len(chunk.tokens))
         or body[: _FIXED.size] != _fixed(geometry, chunk, codec, len(forms))
         or not body.endswith(tokens)
+        or codec not in CODECS
     ):
         raise Foreign("an intact head of another model, version or chunk")
     table = body[_FIXED.size : len(body) - len(tokens)]

@@ -125,9 +125,7 @@ class Ledger:
         held = self.size(key)
         over = 0 if self.quota is None else self.used(key[0]) - held + size - self.quota
         excess = self.total - held + size - self.capacity
-        victims: list[Key] = []
-        if over <= 0 and excess <= 0:
-            return victims
+        victims: dict[Key, None] = {}
         for mine in (True, False):
             for other, entry in self._entries.items():
                 need = over if mine else excess
@@ -135,10 +133,10 @@ class Ledger:
                     break
                 if entry.pins or other == key or other in victims or (mine and other[0] != key[0]):
                     continue
-                victims.append(other)
+                victims[other] = None
                 excess -= entry.size
                 over -= entry.size if other[0] == key[0] else 0
-        return victims if over <= 0 and excess <= 0 else None
+        return list(victims) if over <= 0 and excess <= 0 else None
 
     def _account(self, key: Key, size: int) -> None:
         self.total += size
