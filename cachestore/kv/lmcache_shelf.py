@@ -155,7 +155,12 @@ class LmcacheShelf:
     def drop(self, key: Key, blobs: int) -> None:
         """See `Shelf`."""
         names = [self._object(key, index) for index in range(blobs)]
-        self.manager.delete_l1_keys(names)
+        for _ in range(_TRIES):
+            # What a load that was given up still locks cannot be replaced: its copy would win over a new one.
+            if self.manager.delete_l1_keys(names)[1] == 0:
+                break
+            time.sleep(_PAUSE)
+            self._reap()
         for _, adapter in self.manager.l2_adapters():
             adapter.delete(names)
         with self._lock:
