@@ -14,6 +14,7 @@ It is LMCache's internal interface (0.5.6, pinned), so everything that is relied
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -62,6 +63,7 @@ with warnings.catch_warnings():
     from lmcache.v1.distributed.storage_manager import StorageManager
     from lmcache.v1.platform import create_event_notifier
 
+_log = logging.getLogger("hitpath.kv")
 _LOCKED = 3600
 """Seconds after which LMCache takes a read lock back; no load lasts so long."""
 _TRIES, _PAUSE = 20, 0.05
@@ -488,6 +490,8 @@ class _Remote(L2AdapterInterface):  # type: ignore[misc]
             result = otherwise
             try:
                 result = work()
+            except Exception:
+                _log.exception("a task of the Redis tier failed")
             finally:
                 with self._guard:
                     results[task] = result

@@ -35,7 +35,7 @@ class RedisBlobs:
         data = self._try(lambda: self._client.get(_PREFIX + name), None)
         if data is None or len(data) != len(target):
             return False
-        target[:] = data
+        target.cast("B")[:] = data
         return True
 
     def set(self, name: bytes, data: memoryview) -> bool:

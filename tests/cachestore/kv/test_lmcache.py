@@ -63,17 +63,20 @@ class Reused(LmcacheShelf):
         """It is used again."""
 
 
-class TestDisk(KvContract):
-    @pytest.fixture(autouse=True, scope="class")
-    def reused(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        type(self).one = Reused(GEOMETRY.identity, Tiers(MEMORY, tmp_path_factory.mktemp("kv")))
-        yield
-        LmcacheShelf.close(self.one)
+@pytest.fixture(scope="module")
+def reused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reused]:
+    shelf = Reused(GEOMETRY.identity, Tiers(MEMORY, tmp_path_factory.mktemp("kv")))
+    yield shelf
+    LmcacheShelf.close(shelf)
 
-    one: Reused
+
+class TestDisk(KvContract):
+    @pytest.fixture(autouse=True)
+    def given(self, reused: Reused) -> None:
+        self.reused = reused
 
     def shelf(self, directory: Path, geometry: Geometry) -> Shelf:
-        return self.one.emptied()
+        return self.reused.emptied()
 
 
 def test_memory_alone() -> None:
@@ -206,7 +209,7 @@ def test_damaged_files_are_misses_and_are_replaced(store: KvStore, tmp_path: Pat
 
 def test_killed_while_writing(tmp_path: Path) -> None:
     program = (
-        "import sys, itertools; from pathlib import Path\n"
+        "import sys, itertools, time; from pathlib import Path\n"
         "from cachestore.kv.lmcache_shelf import Tiers\n"
         "from cachestore.kv.store import Slot\n"
         "from tests.cachestore.kv.samples import chunk, kv_of, LONG\n"
@@ -215,7 +218,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         "for seed in itertools.count(100):\n"
         "    slot = store.prepare_store(chunk(seed, LONG), 'raw')\n"
         "    if isinstance(slot, Slot): store.complete_store(slot, kv_of(slot.chunk))\n"
-        "    if store.stats().stored == 5: print('go', flush=True)\n"
+        "    if seed == 110: print('go', flush=True)\n"
+        "    time.sleep(0.002)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as process:
@@ -296,7 +300,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 def test_more_than_memory_holds(tmp_path: Path) -> None:
     store = opened(Tiers(4 << 20, tmp_path))
-    chunks = [chunk(seed, LONG) for seed in range(40, 56)]
+    chunks = [chunk(seed, LONG) for seed in range(40, 47)]
     for wanted in chunks:
         stored(store, wanted)
     load = loading(store, *chunks)
