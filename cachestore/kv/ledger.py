@@ -107,7 +107,8 @@ class Ledger:
         """What does not add up; nothing, unless this code is wrong."""
         used: dict[str, int] = {}
         for (salt, _), entry in self._entries.items():
-            used[salt] = used.get(salt, 0) + entry.size
+            if entry.size:
+                used[salt] = used.get(salt, 0) + entry.size
         wrong = []
         if used != self._used or sum(used.values()) != self.total:
             wrong.append(f"the ledger counts {self._used} ({self.total} bytes), its entries are {used}")

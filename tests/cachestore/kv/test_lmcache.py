@@ -271,6 +271,35 @@ def test_a_directory_that_cannot_be_written(store: KvStore, tmp_path: Path) -> N
     assert loaded(store, chunk(20), chunk(21)) == [None, None]
 
 
+def test_a_read_that_fails_and_one_that_hangs(tmp_path: Path) -> None:
+    store = opened(Tiers(MEMORY, tmp_path), patience=0.3)
+    broken, hanging, sound = (chunk(seed, LONG) for seed in (22, 23, 24))
+    stored(store, broken, hanging, sound)
+    forget_memory(store)
+    [error] = tmp_path.glob(f"*/*@1@{broken.name(GEOMETRY).hex()}@*")
+    error.unlink()
+    error.mkdir()
+    [fifo] = tmp_path.glob(f"*/*@0@{hanging.name(GEOMETRY).hex()}@*")
+    fifo.unlink()
+    os.mkfifo(fifo)
+    lookup = store.lookup([broken, hanging, sound])
+    assert not lookup.wait(0.3)
+    load = store.prepare_load(lookup)
+    kvs = load.whole()
+    store.complete_load(load)
+    assert [kv is not None for kv in kvs] == [False, False, True]
+    assert store.stats().lost == {Lost.ABSENT: 1, Lost.LATE: 1}
+    with fifo.open("wb"):
+        pass
+    assert loaded(store, sound) != [None]
+    until = time.monotonic() + 10
+    while shelf_of(store)._abandoned:
+        assert store.check() == []
+        assert time.monotonic() < until
+    assert store.check() == []
+    store.close()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes."""
