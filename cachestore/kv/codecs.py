@@ -23,7 +23,7 @@ import zstandard
 from torch import Tensor
 
 SINKS = 4
-"""First tokens that the rotating codecs keep as they are: attention leans on them, and their sizes are unlike others'."""
+"""First tokens that the rotating codecs keep as they are: attention leans on them, and they are unlike the others."""
 _GROUP = 64
 """Tokens that share the scale of a key channel."""
 _LARGEST = 6.0e4
@@ -178,8 +178,8 @@ class Int8:
 class Rotated:
     """A Hadamard rotation of every head spreads what sticks out, then a few bits per token and head.
 
-    Error ≤ sqrt(head_dim) · range / (2 · (levels - 1)) in the rotated head, and at most that in the head itself measured
-    as a vector, since rotating keeps lengths. The first tokens are kept exactly.
+    Error of a head as a vector ≤ sqrt(head_dim) · range / (2 · (levels - 1)), where the range is that of the rotated
+    head, since rotating keeps lengths. The first tokens are kept exactly.
     """
 
     def __init__(self, bits: int) -> None:
@@ -220,7 +220,7 @@ class Entropy:
         # Too small for float16 to tell apart from nothing, it becomes nothing.
         levels = (wide / scale.float() * steps).round_().add_(steps).to(torch.uint8)
         # Within a head, channels differ more than tokens do, but zstd finds more where channels lie side by side.
-        packed = zstandard.ZstdCompressor(level=1).compress(levels.numpy())
+        packed = zstandard.ZstdCompressor(level=1).compress(levels.numpy().tobytes())
         return _joined(scale, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def decode(self, code: Tensor, form: Form) -> Tensor:
@@ -228,7 +228,7 @@ class Entropy:
         reader, size = _Reader(code), math.prod(form.shape)
         scale = reader.take(torch.float16, form.layers, 2, form.tokens, 1, 1).float()
         try:
-            plain = zstandard.ZstdDecompressor().decompress(reader.rest().numpy(), max_output_size=size)
+            plain = zstandard.ZstdDecompressor().decompress(reader.rest().numpy().tobytes(), max_output_size=size)
         except zstandard.ZstdError as error:
             raise Damaged(str(error)) from error
         if len(plain) != size:
@@ -241,8 +241,8 @@ class Entropy:
 class Mixed:
     """Important tokens as `int8` keeps them, all others as `int2` does.
 
-    Where nobody says what is important, it is the tokens with long keys: of what can be seen without the attention, that
-    cost the bundled model least. (For large models short keys are reported to matter more; arXiv 2406.11430.)
+    Where nobody says what is important, it is the tokens with long keys: of what can be seen without the attention,
+    that cost the bundled model least. (For large models short keys are reported to matter more; arXiv 2406.11430.)
     """
 
     name = "mixed"
@@ -331,7 +331,7 @@ def _packed(levels: Tensor, bits: int) -> Tensor:
     """Several levels a byte, along the last axis, whose length is a multiple of four."""
     if bits == 8:
         return levels
-    parts = levels.unflatten(-1, (-1, 8 // bits)).unbind(-1)
+    parts = levels.view(*levels.shape[:-1], levels.shape[-1] * bits // 8, 8 // bits).unbind(-1)
     packed = parts[0].clone()
     for index, part in enumerate(parts[1:], 1):
         packed |= part << (index * bits)
@@ -342,7 +342,8 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     mask = 2**bits - 1
-    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+    parts: list[Tensor] = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
 
 
 def _grouped(keys: Tensor) -> Tensor:
@@ -350,13 +351,14 @@ def _grouped(keys: Tensor) -> Tensor:
     missing = -keys.shape[1] % _GROUP
     if missing:
         keys = torch.cat((keys, keys[:, -1:].expand(-1, missing, -1, -1)), dim=1)
-    return keys.unflatten(1, (-1, _GROUP))
+    return keys.reshape(len(keys), keys.shape[1] // _GROUP, _GROUP, *keys.shape[2:])
 
 
 def _rotated(x: Tensor) -> Tensor:
     """Turn the last axis by a Hadamard matrix; where its length is no power of two, in blocks of the largest in it."""
     block = x.shape[-1] & -x.shape[-1]
-    return (x.unflatten(-1, (-1, block)) @ _hadamard(block)).flatten(-2)
+    turned: Tensor = x.reshape(*x.shape[:-1], x.shape[-1] // block, block) @ _hadamard(block)
+    return turned.flatten(-2)
 
 
 @cache

@@ -21,8 +21,8 @@ from cachestore.kv.shelf import Tier
 class Rate:
     """A running estimate of seconds = delay + amount / speed, from transfers of different sizes.
 
-    Older observations count less, by half after `half` newer ones. The line is fitted by least squares; where all amounts
-    were about the same it cannot be told apart from a plain ratio, and the ratio is what is used.
+    Older observations count less, by half after `half` newer ones. The line is fitted by least squares; where all
+    amounts were about the same it cannot be told apart from a plain ratio, and the ratio is what is used.
     """
 
     def __init__(self, speed: float, delay: float = 0.0, *, half: float = 16.0) -> None:
@@ -127,7 +127,7 @@ class Controller:
     """The running estimates, and the plan that follows from them. One thread owns it."""
 
     def __init__(self, *, prefill: float = 1_000.0, reading: float = 1e9, decoding: float = 1e9) -> None:
-        """First guesses: tokens computed, bytes read and bytes decoded a second. The first observations replace them."""
+        """First guesses: tokens computed, bytes read and decoded a second. The first observations replace them."""
         self._guess = {"read": reading, "decode": decoding}
         self._prefill = Rate(prefill)
         self._reading: dict[Tier, Rate] = {}
@@ -150,8 +150,8 @@ class Controller:
         """Decide for the chunks of one request.
 
         `rest`: tokens that are computed in any case, the question among them. `least`: the share of loaded tokens that
-        must be recomputed for the answer to be good enough. A chunk is loaded where that is ready sooner than computing it;
-        the repair that loading brings with it is counted on its side.
+        must be recomputed for the answer to be good enough. A chunk is loaded where that is ready sooner than computing
+        it; the repair that loading brings with it is counted on its side.
         """
         if not 0.0 <= least <= 1.0:
             raise ValueError(f"least: {least} is no share")

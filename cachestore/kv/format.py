@@ -1,9 +1,9 @@
 """What lies on the shelves: the names of chunks, and the head that says what their parts must be.
 
-A chunk is kept as one head and one or more parts, each the code of consecutive layers. The head carries everything that
-decides whether the parts may be used: the layout's version, the identity of the model's keys and values, the tokens, and
-size and checksum of every part. A head that is not exactly what its reader expects is damage, or belongs to someone else;
-either way there is nothing to be had. Integers are little-endian.
+A chunk is kept as one head and one or more parts, each the code of consecutive layers. The head carries everything
+that decides whether the parts may be used: the layout's version, the identity of the model's keys and values, the
+tokens, and size and checksum of every part. A head that is not exactly what its reader expects is damage, or belongs to
+someone else; either way there is nothing to be had. Integers are little-endian.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Head:
 
 def checksum(code: Tensor) -> bytes:
     """128 bits over uint8 [bytes] on a CPU; against accidents, not against forgers."""
-    return xxhash.xxh3_128_digest(code.numpy())
+    return xxhash.xxh3_128_digest(code.numpy().data)
 
 
 def salt(tenant: str) -> str:

@@ -1,4 +1,4 @@
-"""Which chunks are kept, how many bytes they take, and which go first. No I/O and no clock: order is the order of use."""
+"""Which chunks are kept, how many bytes they take, and which go first. No I/O, no clock: order is order of use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keys(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[Key]:
         """All entries, the one to go first at the front."""
         return iter(self._entries)
 

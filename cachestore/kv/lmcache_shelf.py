@@ -3,11 +3,12 @@
 It is LMCache's internal interface (0.5.6, pinned), so everything that is relied on is written down here:
 
 - `reserve_write` hands out buffers in its memory, `finish_write` makes them visible and copies them to the slower tiers
-  in a thread of its own; `submit_prefetch_task` brings an object into memory and locks it until `finish_read_prefetched`;
-  a task's result is handed out once, and a lock whose result nobody fetched stays for an hour. So nothing is abandoned:
-  what is released before it came is fetched later (`_reap`).
-- Its adapter for files never overwrites one, never cleans up what a killed process left, has no bound, and says nothing of
-  a write that failed; `_Disk` adds what is missing. Bounds are kept by the store's ledger.
+  in a thread of its own; `submit_prefetch_task` brings an object into memory and locks it there until
+  `finish_read_prefetched`; a task's result is handed out once, and a lock whose result nobody fetched stays for an
+  hour. So nothing is abandoned: what is released before it came is fetched later (`_reap`).
+- A copy in memory wins over a newer one of the same name; so what is dropped is waited for.
+- Its adapter for files never overwrites one, never cleans up what a killed process left, has no bound, and says nothing
+  of a write that failed; `_Disk` adds what is missing. Bounds are kept by the store's ledger.
 - Its adapter for Redis never answers again once Redis was away (0.5.6), so `_Remote` stands in for it.
 - It reports usage to its makers unless told not to before it is imported.
 """
@@ -91,7 +92,7 @@ class LmcacheShelf:
     """See `cachestore.kv.shelf.Shelf`."""
 
     def __init__(self, identity: bytes, tiers: Tiers) -> None:
-        """`identity` of the model's keys and values. Raises cachestore.StoreError where the directory cannot be used."""
+        """`identity` of the model's keys and values. Raises StoreError where the directory cannot be used."""
         self._model = identity.hex()
         self.shared = tiers.redis is not None
         self._lock = threading.Lock()
@@ -199,10 +200,8 @@ class LmcacheShelf:
         wrong = [] if status["is_healthy"] else ["a thread of the storage manager has ended"]
         if self.writing() or self._abandoned:
             return wrong  # what is being written or still on its way is locked, and should be
-        for what in ("read_locked_count", "write_locked_count", "temporary_count"):
-            if memory[what]:
-                wrong.append(f"{what} is {memory[what]}")
-        return wrong
+        held = ("read_locked_count", "write_locked_count", "temporary_count")
+        return wrong + [f"{what} is {memory[what]}" for what in held if memory[what]]
 
     def close(self) -> None:
         """See `Shelf`."""
@@ -437,7 +436,9 @@ class _Remote(L2AdapterInterface):  # type: ignore[misc]
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
         def store() -> Any:
-            well = all([self._blobs.set(_name(k), o.byte_array) for k, o in zip(keys, objects, strict=True)])
+            well = True
+            for key, item in zip(keys, objects, strict=True):
+                well &= self._blobs.set(_name(key), item.byte_array)
             self._outcome(keys, well)
             return L2StoreResult(well, sum(len(o.byte_array) for o in objects))
 

@@ -20,7 +20,7 @@ class RedisBlobs:
     """get, set, exists and delete. After a failure nothing is tried for `pause` seconds."""
 
     def __init__(self, url: str, *, timeout: float = 1.0, pause: float = 1.0) -> None:
-        """`url` as `redis://[user:password@]host:port/db`. Does not connect. Raises ValueError for a url of another kind."""
+        """`url` as `redis://[user:password@]host:port/db`. Does not connect. Raises ValueError for another kind."""
         self._client: Any = redis.Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=0
         )

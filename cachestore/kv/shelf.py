@@ -1,7 +1,7 @@
 """Where bytes are kept: the protocol that every shelf keeps to, and the one that keeps them in this process's memory.
 
-A shelf holds blobs. Blob 0 of a key is the chunk's head, the others are its parts. It decides nothing: what is kept, for
-whom and whether it may be used is the store's business (`cachestore.kv.store`).
+A shelf holds blobs. Blob 0 of a key is the chunk's head, the others are its parts. It decides nothing: what is kept,
+for whom and whether it may be used is the store's business (`cachestore.kv.store`).
 """
 
 from __future__ import annotations

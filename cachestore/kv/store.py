@@ -1,4 +1,4 @@
-"""The door to stored keys and values: `lookup → prepare_load → complete_load`, `prepare_store → complete_store`, `check`.
+"""The door: `lookup → prepare_load → complete_load`, `prepare_store → complete_store`, `check`.
 
 Loading::
 
@@ -14,8 +14,8 @@ Storing::
     slot = store.prepare_store(chunk)      # or a `Refusal`
     store.complete_store(slot, kv)         # returns at once; encoded and written behind the caller's back
 
-A chunk whose piece is None is lost, in this layer and all later ones, and must be computed: it was gone, came too late, or
-was not what was written. Nothing here raises because a tier fails, and nothing that fails a check is ever handed out.
+A chunk whose piece is None is lost, in this layer and all later ones, and must be computed: it was gone, came too late,
+or was not what was written. Nothing here raises because a tier fails, and nothing that fails a check is handed out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from cachestore.kv.codecs import CODECS, Damaged, Unfit
 from cachestore.kv.format import Chunk, Foreign, Geometry, Head, Part, head_size, read_head, salt, write_head
 from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
-
 
 _log = logging.getLogger("hitpath.kv")
 _IDLE = 1.0
@@ -275,7 +274,7 @@ class Load:
         return all(piece is None or piece.done() for piece in self.pieces)
 
     def layers(self) -> Iterator[list[Tensor | None]]:
-        """One list a layer: for every wanted chunk, in the order of the lookup, [2, tokens, kv_heads, head_dim] or None.
+        """One list a layer: for every wanted chunk, in the lookup's order, [2, tokens, kv_heads, head_dim] or None.
 
         Waits for bytes that have not come, up to the store's patience. While a layer is used, the next is decoded.
         """
@@ -324,7 +323,7 @@ class KvStore:
         *,
         observe: Callable[[Transfer], None] | None = None,
     ) -> None:
-        """`shelf` belongs to the store from now on. `observe` hears of every chunk that was loaded; it must not block."""
+        """`shelf` belongs to the store from now on. `observe` hears of every loaded chunk; it must not block."""
         self.geometry, self._shelf, self._options, self._observe = geometry, shelf, options, observe
         self._ledger = Ledger(options.capacity, options.quota)
         self._lock = threading.RLock()
@@ -453,7 +452,7 @@ class KvStore:
             )
 
     def check(self) -> list[str]:
-        """What does not add up, or is held though nothing is loaded; empty is good. Cheap enough for every idle second."""
+        """What does not add up, or is held though nothing is loaded; empty is good. Cheap: call it when idle."""
         with self._lock:
             wrong = self._ledger.check()
             if self._reserved != sum(slot.size for slot in self._slots.values()):

@@ -26,7 +26,7 @@ forms = st.builds(
 
 def sample(form: Form, seed: int, outliers: bool) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    kv = torch.randn(form.shape, generator=generator) * 10 ** float(torch.rand((), generator=generator) * 6 - 4)
+    kv = torch.randn(form.shape, generator=generator) * 10 ** float(torch.rand((), generator=generator) * 5 - 4)
     if outliers:
         kv[:, 0, :, :, 1] *= 30
         kv[:, :, 0] *= 10
@@ -73,9 +73,7 @@ def test_no_value_is_further_off_than_its_bound(name: str, form: Form, seed: int
 @pytest.mark.parametrize(("name", "levels"), [("int4", 15), ("int2", 3)])
 @settings(max_examples=40, deadline=None)
 @given(form=forms, seed=st.integers(0, 999), outliers=st.booleans())
-def test_no_head_is_further_off_than_its_bound(
-    name: str, levels: int, form: Form, seed: int, outliers: bool
-) -> None:
+def test_no_head_is_further_off_than_its_bound(name: str, levels: int, form: Form, seed: int, outliers: bool) -> None:
     if form.head_dim * (2 if levels == 3 else 4) % 8:
         return
     kv = sample(form, seed, outliers)

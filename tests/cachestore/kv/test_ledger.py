@@ -10,9 +10,13 @@ from cachestore.kv.ledger import Key, Ledger
 
 KEYS = [(salt, bytes([n])) for salt in ("a", "b") for n in range(5)]
 steps = st.lists(
-    st.tuples(st.sampled_from(["admit", "touch", "forget", "pin", "unpin", "give_up"]), st.sampled_from(KEYS), st.integers(0, 60)),
+    st.tuples(
+        st.sampled_from(["admit", "touch", "forget", "pin", "unpin", "give_up"]),
+        st.sampled_from(KEYS),
+        st.integers(0, 60),
+    ),
     max_size=60,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150)
@@ -21,19 +25,19 @@ def test_it_adds_up_whatever_happens(steps: list[tuple[str, Key, int]], quota: i
     ledger = Ledger(100, quota)
     pins: dict[Key, int] = {}
     for what, key, size in steps:
-        before = {one: ledger.size(one) for one in ledger.keys()}
+        before = {one: ledger.size(one) for one in ledger}
         match what:
             case "admit":
                 victims = ledger.admit(key, size)
                 if victims is None:
-                    assert {one: ledger.size(one) for one in ledger.keys()} == before
+                    assert {one: ledger.size(one) for one in ledger} == before
                 else:
                     assert ledger.size(key) == size
                     assert not any(pins.get(victim) for victim in victims)
-                    assert set(before) - set(victims) | {key} == set(ledger.keys())
+                    assert set(before) - set(victims) | {key} == set(ledger)
             case "touch":
                 ledger.touch(key)
-                assert key not in ledger or list(ledger.keys())[-1] == key
+                assert key not in ledger or list(ledger)[-1] == key
             case "forget":
                 ledger.forget(key)
                 pins.pop(key, None)
@@ -50,7 +54,7 @@ def test_it_adds_up_whatever_happens(steps: list[tuple[str, Key, int]], quota: i
                 pass
         assert ledger.check() == []
         assert ledger.pinned() == sum(pins.values())
-        assert ledger.total == sum(map(ledger.size, ledger.keys()))
+        assert ledger.total == sum(map(ledger.size, ledger))
 
 
 def test_a_tenant_pays_for_itself_first() -> None:
