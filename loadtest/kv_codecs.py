@@ -192,7 +192,9 @@ def _timed(rounds: int, work: Callable[[], T]) -> tuple[float, T]:
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.kv_codecs", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.kv_codecs", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a checkpoint; default: the bundled one")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--samples", type=int, default=24)

@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from cachestore.kv.ledger import Key
 from cachestore.kv.redis_blobs import RedisBlobs
-from cachestore.kv.shelf import Blob, Kept, Ticket, Tier
+from cachestore.kv.shelf import Blob, Kept, Ticket, Tier, Tiers
 from cachestore.lock import DirectoryLock
 
 os.environ["LMCACHE_TRACK_USAGE"] = "false"
@@ -74,18 +73,6 @@ _LULL = 2.0
 _REMOTE_WORKERS = 4
 
 Outcome = Callable[[Sequence[Any], bool], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Tiers:
-    """Where to keep things."""
-
-    memory: int
-    """Bytes of this machine's memory, allocated at once."""
-    directory: Path | None = None
-    """Where files go; each model gets a folder of its own in it."""
-    redis: str | None = None
-    """As `redis://host:port/db`."""
 
 
 class LmcacheShelf:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,18 @@ class Tier(StrEnum):
     MEMORY = "memory"
     DISK = "disk"
     REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Where to keep things."""
+
+    memory: int
+    """Bytes of this machine's memory."""
+    directory: Path | None = None
+    """Where files go; each model gets a folder of its own in it."""
+    redis: str | None = None
+    """As `redis://host:port/db`."""
 
 
 @dataclass(frozen=True, slots=True)

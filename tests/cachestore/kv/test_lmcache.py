@@ -18,14 +18,14 @@ import torch
 
 from cachestore.errors import StoreLocked
 from cachestore.kv.format import Geometry
-from cachestore.kv.shelf import Shelf, Tier
+from cachestore.kv.shelf import Shelf, Tier, Tiers
 from cachestore.kv.store import KvStore, Lost, Options
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, stored
 from tests.contracts.kv import LARGE, KvContract
 
 pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hitpath[engine]'")
 
-from cachestore.kv.lmcache_shelf import LmcacheShelf, Tiers
+from cachestore.kv.lmcache_shelf import LmcacheShelf
 
 MEMORY = 16 << 20
 
@@ -210,7 +210,7 @@ def test_damaged_files_are_misses_and_are_replaced(store: KvStore, tmp_path: Pat
 def test_killed_while_writing(tmp_path: Path) -> None:
     program = (
         "import sys, itertools, time; from pathlib import Path\n"
-        "from cachestore.kv.lmcache_shelf import Tiers\n"
+        "from cachestore.kv.shelf import Tiers\n"
         "from cachestore.kv.store import Slot\n"
         "from tests.cachestore.kv.samples import chunk, kv_of, LONG\n"
         "from tests.cachestore.kv.test_lmcache import opened\n"
