@@ -1,9 +1,9 @@
 """Size, speed and cost of every codec for stored keys and values, on those of a model that has read real text.
 
-`python -m loadtest.kv_codecs [--model DIR]` prints the table of docs/kv-tiers.md. Each sample is a stretch of text whose
-keys and values are computed, written, read back and put where they were; the tokens that follow are then computed over
-both, and what the model expects next is compared: KL(full precision ‖ codec) in nats, and how often both would say the
-same. Speeds are of the uncoded bytes, on the threads asked for.
+`python -m loadtest.kv_codecs [--model DIR]` prints the table of docs/kv-tiers.md. Each sample is a stretch of text
+whose keys and values are computed, written, read back and put where they were; the tokens that follow are then computed
+over both, and what the model expects next is compared: KL(full precision ‖ codec) in nats, and how often both would say
+the same. Speeds are of the uncoded bytes, on the threads asked for.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def table(rows: list[Measured]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{r.codec}` | {r.size:.3f} | {r.encoding / 1e9:.2f} | {r.decoding / 1e9:.2f} | {r.error:.4f} | {r.kl:.1e} | "
-        f"{r.agreement:.3f} |"
+        f"| `{r.codec}` | {r.size:.3f} | {r.encoding / 1e9:.2f} | {r.decoding / 1e9:.2f} | {r.error:.4f} | {r.kl:.1e} "
+        f"| {r.agreement:.3f} |"
         for r in rows
     ]
     return "\n".join(lines)
