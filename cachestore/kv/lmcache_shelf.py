@@ -3,7 +3,7 @@
 It is LMCache's internal interface (0.5.6, pinned), so everything that is relied on is written down here:
 
 - `reserve_write` hands out buffers in its memory, `finish_write` makes them visible and copies them to the slower tiers
-  in a thread of its own; `submit_prefetch_task` brings an object into memory and locks it there until
+  in a thread of its own; `reserve_read` locks what is in memory and `submit_prefetch_task` brings what is not, until
   `finish_read_prefetched`; a task's result is handed out once, and a lock whose result nobody fetched stays for an
   hour. So nothing is abandoned: what is released before it came is fetched later (`_reap`).
 - A copy in memory wins over a newer one of the same name; so what is dropped is waited for.
@@ -183,9 +183,10 @@ class LmcacheShelf:
         """See `Shelf`."""
         self._reap()
         status = self.manager.report_status()
-        memory = status["l1_manager"]
+        memory, writer = status["l1_manager"], status["store_controller"]
         wrong = [] if status["is_healthy"] else ["a thread of the storage manager has ended"]
-        if self.writing() or self._abandoned:
+        busy = writer["pending_keys_count"] or writer["in_flight_task_count"]
+        if busy or self.writing() or self._abandoned:
             return wrong  # what is being written or still on its way is locked, and should be
         held = ("read_locked_count", "write_locked_count", "temporary_count")
         return wrong + [f"{what} is {memory[what]}" for what in held if memory[what]]
@@ -278,31 +279,31 @@ class _Fetch:
 
     def __init__(self, shelf: LmcacheShelf, name: Any, blob: Blob) -> None:
         self._shelf, self._name, self._blob = shelf, name, blob
-        layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
-        spec = PrefetchTaskSpec([GroupedObjectKeys([name], blob.index, layout)], fetching_policy="full")
-        self._result: Any = None
         self._tier = Tier.MEMORY
         self._released = self._given_up = False
-        # What is in memory is known at once; only what is not goes through the controller's thread.
-        self._handle = shelf.manager.submit_prefetch_task(spec, skip_l2=True)
-        if self.done() and not self._hit() and shelf.has_slower():
-            self._result, self._tier = None, shelf.slower(blob.key)
-            self._handle = shelf.manager.submit_prefetch_task(spec)
+        self._handle: Any = None
+        """Of the task that brings it; None once its result was fetched, and where there is none."""
+        # A task takes five times as long as looking into memory does.
+        _, self._object = shelf.manager._l1_manager.reserve_read([name])[name]
+        if self._object is None and shelf.has_slower():
+            self._tier = shelf.slower(blob.key)
+            layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
+            row = GroupedObjectKeys([name], blob.index, layout)
+            self._handle = shelf.manager.submit_prefetch_task(PrefetchTaskSpec([row], fetching_policy="full"))
 
     def done(self, timeout: float = 0.0) -> bool:
-        if self._result is None and self._shelf.manager.wait_prefetch_status(self._handle, timeout):
-            self._result = self._shelf.manager.query_prefetch_status(self._handle)
-            if self._result.l1_hit_count:
+        if self._handle is not None and self._shelf.manager.wait_prefetch_status(self._handle, timeout):
+            result, self._handle = self._shelf.manager.query_prefetch_status(self._handle), None
+            if result.l1_hit_count:
                 self._tier = Tier.MEMORY  # it came in between
-        return self._result is not None
+            if result.l1_hit_count + result.l2_hit_count:
+                self._object = self._shelf.manager.unsafe_read([self._name])[1][0]
+        return self._handle is None
 
     def code(self) -> Tensor | None:
-        if not self._hit() or self._released:
+        if self._object is None or self._released or len(self._object.tensor) != self._blob.size:
             return None
-        _, objects = self._shelf.manager.unsafe_read([self._name])
-        if not objects or len(objects[0].tensor) != self._blob.size:
-            return None
-        code: Tensor = objects[0].tensor
+        code: Tensor = self._object.tensor
         return code
 
     @property
@@ -318,11 +319,9 @@ class _Fetch:
                 self._shelf.abandon(self)
             return
         self._released = True
-        if self._hit():
+        if self._object is not None:
+            self._object = None
             self._shelf.manager.finish_read_prefetched([self._name])
-
-    def _hit(self) -> bool:
-        return bool(self._result.l1_hit_count + self._result.l2_hit_count)
 
 
 def _key(name: Any) -> Key:
