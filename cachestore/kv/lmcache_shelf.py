@@ -181,6 +181,14 @@ class LmcacheShelf:
 
     def check(self) -> list[str]:
         """See `Shelf`."""
+        for _ in range(_TRIES):
+            # LMCache says that something is done a moment before it lets go of it: only what stays is wrong.
+            if not (wrong := self._held_now()):
+                break
+            time.sleep(_PAUSE)
+        return wrong
+
+    def _held_now(self) -> list[str]:
         self._reap()
         status = self.manager.report_status()
         memory, writer = status["l1_manager"], status["store_controller"]

@@ -218,7 +218,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         "for seed in itertools.count(100):\n"
         "    slot = store.prepare_store(chunk(seed, LONG), 'raw')\n"
         "    if isinstance(slot, Slot): store.complete_store(slot, kv_of(slot.chunk))\n"
-        "    if seed == 110: print('go', flush=True)\n"
+        "    if len(list(Path(sys.argv[1]).glob('*/*.data'))) > 10: print('go', flush=True)\n"
         "    time.sleep(0.002)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
