@@ -215,7 +215,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         "from tests.cachestore.kv.samples import chunk, kv_of, LONG\n"
         "from tests.cachestore.kv.test_lmcache import opened\n"
         "store = opened(Tiers(64 << 20, Path(sys.argv[1])))\n"
-        "for seed in itertools.count(100):\n"
+        "for seed in itertools.cycle(range(100, 120)):\n"
         "    slot = store.prepare_store(chunk(seed, LONG), 'raw')\n"
         "    if isinstance(slot, Slot): store.complete_store(slot, kv_of(slot.chunk))\n"
         "    if len(list(Path(sys.argv[1]).glob('*/*.data'))) > 10: print('go', flush=True)\n"
