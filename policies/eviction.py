@@ -138,7 +138,8 @@ class _Sampling(ABC):
             return np.concatenate(groups)
         shares = self._random.multinomial(wanted, [len(group) / total for group in groups])
         picks = [group[self._random.integers(len(group), size=n)] for group, n in zip(groups, shares, strict=True)]
-        return np.unique(np.concatenate(picks))
+        picked: Slots = np.unique(np.concatenate(picks))
+        return picked
 
     def _knows(self, slot: int) -> bool:
         return slot < len(self._group) and bool(self._group[slot])

@@ -1,0 +1,25 @@
+"""Keys and values of text chunks, kept in tiers below the engine's pool. Needs torch; the gateway never imports it."""
+
+from cachestore.kv.format import Chunk, Geometry
+from cachestore.kv.opening import Opened, open_store
+from cachestore.kv.shelf import Tier, Tiers
+from cachestore.kv.store import Found, KvStore, Load, Lookup, Lost, Options, Refusal, Slot, Stats, Transfer
+
+__all__ = [
+    "Chunk",
+    "Found",
+    "Geometry",
+    "KvStore",
+    "Load",
+    "Lookup",
+    "Lost",
+    "Opened",
+    "Options",
+    "Refusal",
+    "Slot",
+    "Stats",
+    "Tier",
+    "Tiers",
+    "Transfer",
+    "open_store",
+]
