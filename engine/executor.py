@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.graphs import DecodeGraphs, Record
 from engine.model import stored_tensors
 from engine.scheduler import Chunk
+from engine.sequence import Positions
 from engine.sequence import Sequence as Row
 
 BLOCK_SIZE = 16
@@ -41,6 +42,10 @@ class Outcome:
     """[R, V], for the chunks that draw, in their order."""
     prompt: Tensor
     """Hidden states [T, E] of all tokens of the chunks whose prompt is scored, in their order."""
+    lost: frozenset[Row] = frozenset()
+    """Whose chunks did not come: what was computed for them is void, and `scores` has no rows of them."""
+    dropped: Mapping[Row, Positions] = field(default_factory=dict)
+    """Tokens that were not computed in all layers, of sequences that have such: chunks had brought them."""
 
 
 class Executor:
@@ -93,6 +98,16 @@ class Executor:
             scratch=self._scratch,
             record=record,
         )
+
+    @property
+    def pool(self) -> KvPool:
+        """Keys and values of all sequences; for the thread that computes."""
+        return self._pool
+
+    def slots(self, sequence: Row, positions: Positions) -> Tensor:
+        """Where in the pool these tokens of a sequence lie that was computed last step: int64 [N]."""
+        blocks = self._tables[self._rows[sequence], positions // BLOCK_SIZE].astype(np.int64)
+        return torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(self._checkpoint.device)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), in order."""
