@@ -16,7 +16,7 @@ from engine.reuse.cachecraft import CacheCraft, Observer, context_index, overhea
 from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed
 from engine.reuse.placing import moved, turn
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
-from engine.reuse.sensitivity import Sensitive, measured
+from engine.reuse.sensitivity import Sensitive, averaged, deviation_of, measured
 from engine.reuse.trial import Trial
 from engine.rope import rotate
 from tests.engine.checkpoints import write
@@ -272,3 +272,19 @@ def test_the_version_from_the_most_similar_prompt_is_taken(plain: Checkpoint) ->
     versions = [ChunkKv(tuple(some(4, 1)), layers, before=3, context=context) for context in contexts]
     assert version(versions, [b"y"]) is versions[1]
     assert version(versions, [b"x"]) is versions[0]
+
+
+def test_the_mean_of_a_chunk_is_nearer_to_what_comes_next(plain: Checkpoint) -> None:
+    store, ids = Trial(plain, 128), some(20, 5)
+    versions = [store.chunk(ids, after=some(15, 60 + seed)) for seed in range(4)]
+    mean, unseen = averaged(versions), store.chunk(ids, after=some(15, 90))
+    singles = [float(deviation_of(version, unseen).sum()) for version in versions]
+    assert float(deviation_of(mean, unseen).sum()) < min(singles)
+    assert mean.sensitivity is not None
+    assert mean.before == 15  # nowhere exact
+    same = averaged([versions[0]] * 3)
+    torch.testing.assert_close(same.layers[2], versions[0].layers[2])
+    with pytest.raises(ValueError, match="two texts"):
+        averaged(versions[:1])
+    with pytest.raises(ValueError, match="same tokens"):
+        averaged([versions[0], store.chunk(some(20, 6), after=[1])])
