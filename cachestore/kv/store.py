@@ -392,6 +392,11 @@ class KvStore:
         """Begin to find out which of these are stored. Never blocks on I/O."""
         return Lookup(self, chunks, [self._ask(chunk) for chunk in chunks])
 
+    def may_have(self, chunk: Chunk) -> bool:
+        """Whether it is worth looking up. Asks nobody: what others may have put on a shared shelf may be there."""
+        with self._lock:
+            return self._shelf.shared or self._key(chunk) in self._ledger
+
     def prepare_load(self, lookup: Lookup, wanted: Collection[int] | None = None) -> Load:
         """Begin to load what was found: all of it, or the chunks with these indices. They stay until `complete_load`.
 

@@ -29,7 +29,7 @@ FILE = "reuse.json"
 """Its name beside a model."""
 
 SelectorName = Literal["full", "none", "epic", "cacheblend", "kvshare", "cachecraft", "sensitive"]
-Stored = Literal["head", "alone", "seen"]
+Stored = Literal["mean", "head", "alone", "seen"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _LAYER = 1
@@ -74,12 +74,15 @@ class OperatingPoint:
     ratio: float
     """Share of reused tokens that is computed again at least."""
     stored: Stored
-    """What is kept of a chunk in the end: computed behind the template's head, alone, or as first seen in a prompt."""
+    """What is kept of a chunk in the end: the mean of it behind several texts, computed behind the template's head,
+    computed alone, or as first seen in a prompt."""
     codec: str
     """What it is written as below the pool; one of `cachestore.kv.codecs.CODECS`."""
     loss: Loss
     most_loss: float
-    """Nats: what `loss.kl` was allowed to be. The running check switches reuse off when it finds more."""
+    """Nats, more than 0: what `loss.kl` was allowed to be. The running check switches reuse off when it finds more …"""
+    least_agreement: float = 0.9
+    """… or that less than this share of first tokens agrees; more than 0."""
     check_share: float = 0.01
     """Share of blended requests that is compared with full computing when there is time."""
     least: int = 64
@@ -133,7 +136,7 @@ class _Reader:
 
     def point(self, raw: dict[str, Any]) -> OperatingPoint:
         known = {field.name: field for field in fields(OperatingPoint)}
-        optional = {"check_share", "least", "repair"}
+        optional = {"least_agreement", "check_share", "least", "repair"}
         self._closed(raw, set(known), optional)
         given = {**{name: known[name].default for name in optional}, **raw}
         loss = given["loss"]
@@ -152,7 +155,8 @@ class _Reader:
                 agreement=self._number("loss.agreement", loss["agreement"], most=1.0),
                 relative_time=self._number("loss.relative_time", loss["relative_time"]),
             ),
-            most_loss=self._number("most_loss", given["most_loss"]),
+            most_loss=self._number("most_loss", given["most_loss"], above=True),
+            least_agreement=self._number("least_agreement", given["least_agreement"], most=1.0, above=True),
             check_share=self._number("check_share", given["check_share"], most=1.0),
             least=self._count("least", given["least"], 1),
             repair=self._count("repair", given["repair"], 0),
@@ -177,10 +181,12 @@ class _Reader:
             raise self._wrong(key, value, f"one of {', '.join(allowed)}")
         return value
 
-    def _number(self, key: str, value: object, most: float = math.inf) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value == math.inf:
-            raise self._wrong(key, value, "a number from 0 on" if most == math.inf else f"a number from 0 to {most:g}")
-        return float(value)
+    def _number(self, key: str, value: object, most: float = math.inf, *, above: bool = False) -> float:
+        number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        if not number or not 0 <= value <= most or (above and value == 0):  # type: ignore[operator]
+            least = "above 0" if above else "from 0 on"
+            raise self._wrong(key, value, f"a number {least}" + ("" if most == math.inf else f" and up to {most:g}"))
+        return float(value)  # type: ignore[arg-type]
 
     def _count(self, key: str, value: object, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
