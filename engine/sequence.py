@@ -24,8 +24,8 @@ Positions = NDArray[np.int64]
 class Reuse(Protocol):
     """The stored chunks of one sequence, on their way or there.
 
-    All but `prefilled` are called with the runner's lock held, and none may block or raise: who changes its mind about `held`
-    calls `Runner.wake`, holding no lock that is taken here.
+    All but `prefilled` are called with the runner's lock held, and none may block or raise. Who changes its mind about
+    `held` calls `Runner.wake`, holding no lock that is taken here.
     """
 
     def held(self, idle: bool) -> bool:
