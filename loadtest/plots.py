@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from loadtest.quality.report import Row
+
 mpl.use("agg")
 
 _SIZE = (6.0, 4.5)
@@ -40,4 +42,23 @@ def budgets(path: Path, lines: Mapping[float, Mapping[str, Sequence[float | None
     figure.axes[0].legend()
     figure.supxlabel("part of the stream")
     figure.supylabel("wrong hits among hits so far")
+    figure.savefig(path)
+
+
+def chunks(path: Path, rows: Sequence[Row], task: str) -> None:
+    """Draw divergence over measured time, both relative to the two ends; a line joins the ratios of one method."""
+    figure = Figure((8.0, 5.0), _DPI, layout="constrained")
+    axes = figure.subplots()
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.turned and row.ratio < 1:
+            kinds.setdefault(f"{row.name}, {row.stored}", []).append(row)
+    for place, (label, members) in enumerate(kinds.items()):
+        members.sort(key=lambda row: row.ratio)
+        times, losses = [row.seconds for row in members], [row.quality[task].value for row in members]
+        style = {"linewidth": 2.5, "color": "black"} if label == "sensitive, mean" else {"color": f"C{place % 10}"}
+        axes.plot(times, losses, marker="os^vD"[place // 10 % 5], markersize=4, label=label, **style)
+    axes.set(yscale="log", xlabel="time / full prefill", ylabel="KL / none stored alone", title=task)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="x-small")
     figure.savefig(path)

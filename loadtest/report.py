@@ -1,7 +1,8 @@
 """Makes the tables and pictures of `docs/quality.md`: `make report`, or `python -m loadtest.report [--only PART,...]`.
 
 The judge is measured on the groups of the pair sets that its training never saw, through the gateway's own lookup path
-at the default settings; budgets on the simulated streams that nothing was chosen on.
+at the default settings; budgets on the simulated streams that nothing was chosen on; chunk reuse on held-out prompts
+with the bundled model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from loadtest.training.judge_data import NOISY, read_sets, split
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = "quality.md"
+MEASURED = Path(__file__).parents[1] / "build" / "chunks"
+"""Where measuring chunk reuse keeps what it has, prompt by prompt."""
 STREAMS, LOOKUPS, FIRST = 200, 20_000, 10_000
 
 BARS: Mapping[str, tuple[str, Bar]] = {
@@ -113,7 +116,17 @@ def _budgets(folder: Path) -> dict[str, str]:
     return {"budgets": simulate_budget.render(rows)}
 
 
-PARTS: Mapping[str, Callable[[Path], dict[str, str]]] = {"judge": _judge, "budgets": _budgets}
+def _chunks(folder: Path) -> dict[str, str]:
+    # Needs torch, as the others do not. What was measured already, by `python -m loadtest.quality.chunks`, is taken up.
+    from loadtest.quality import chunks
+    from loadtest.quality.report import checks, checks_table, table
+
+    rows = chunks.run(chunks.Plan(), MEASURED)
+    chunks.draw(rows, folder)
+    return {"chunks": table(rows), "chunk checks": checks_table(checks(rows))}
+
+
+PARTS: Mapping[str, Callable[[Path], dict[str, str]]] = {"judge": _judge, "budgets": _budgets, "chunks": _chunks}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,8 @@ a row of means m. It starts at 1, is multiplied by `1 + bet * (x - m)` or `1 + b
 when a check begins; of three sizes of bets the mean counts. As long as its hypothesis holds, a capital reaches
 `1 / risk` on average not before `1 / risk` checks, whenever one looks (e-detectors: Shin, Ramdas and Rinaldo, arXiv
 2203.03532; bets on bounded means: Waudby-Smith and Ramdas, arXiv 2010.09686, section 4). What is assumed: every check's
-expected loss, given the checks before it, keeps to the hypothesis; which is so if prompts are drawn by chance. Because no capital sinks, years of good checks do not delay noticing that traffic has changed.
+expected loss, given the checks before it, keeps to the hypothesis; which is so if prompts are drawn by chance. Because
+no capital sinks, years of good checks do not delay noticing that traffic has changed.
 
 The gateway's error budgets (`policies.budget`) bet as well, but for points of acceptance with one label each, and with
 a memory of their own; what could be shared is a line.

@@ -2,266 +2,220 @@
 
 For every task and prompt: full prefill, and every method on the same stored chunks. Reported is KL(full ‖ method) over
 the ending, relative to using chunks as they are, beside measured time, operations and the share of tokens computed.
+What is measured of a prompt is written down at once: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics as plain
+import json
+import multiprocessing
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
-from engine.config import ModelConfig
-from engine.reuse.blending import Blend, Selector, best, share
-from engine.reuse.cachecraft import CacheCraft, Observer, context_index
-from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
-from engine.reuse.selectors import CacheBlend, Chosen, Epic, Full, KvShare, Nothing, Random
-from engine.reuse.sensitivity import Sensitive, deviation_of, measured
-from engine.reuse.trial import Trial
-from loadtest.data import data_dir
-from loadtest.quality.report import Row, save, table
-from loadtest.quality.statistics import divergence, relative
-from loadtest.quality.tasks import SUFFIX, Prompt, Tasks
+from engine.checkpoint import BUNDLED, load_checkpoint
+from engine.settings import usable_cores
+from loadtest.data import DataError, data_dir
+from loadtest.quality.measuring import FOREIGN, Bench, Cost, Text, costs
+from loadtest.quality.methods import Case, Method, methods
+from loadtest.quality.report import Row, checks, checks_table, save, table
+from loadtest.quality.statistics import relative
+from loadtest.quality.tasks import Prompt, Tasks
 from loadtest.training.samples import held_out
 
 TASKS = ("quote", "facts", "continuation")
-RATIOS = (0.05, 0.15, 0.30)
-Stored = Literal["alone", "behind", "prompt"]
-"""Where a chunk was computed: from position 0 on; behind the head that all prompts have; in an earlier prompt."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """One prompt, its exact scores, and its chunks as stored in each way."""
-
-    prompt: Prompt
-    exact: Tensor
-    stored: dict[Stored, tuple[ChunkKv, ...]]
-    true: tuple[ChunkKv, ...]
-    """The chunks as they are in this very prompt; only the oracle knows."""
+_CAPACITY = 4096
+_ELSEWHERE = 10_000
+"""Prompts from this number on lend their chunks as foreign texts."""
+Divergences = Mapping[str, Mapping[str, NDArray[np.float64]]]
+"""By task and the method's label, one number a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """One line of the table."""
+class Plan:
+    """What is measured, and how."""
 
-    name: str
-    ratio: float
-    selector: Callable[[Case], Selector]
-    stored: Stored = "alone"
-    turned: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked(Chosen):
-    """The oracle: tokens by their true deviation, which costs a full prefill to know."""
-
-    scores: Tensor
-    ratio: float
-
-    def choose(self, prompt: BlendPrompt) -> Tensor:
-        """See `Selector`."""
-        return best(self.scores, prompt.reused, share(self.ratio, int(prompt.reused.sum())))
+    model: Path = BUNDLED
+    prompts: int = 200
+    """Of each task."""
+    rounds: int = 9
+    """Measurements of each time, of which the median counts."""
+    workers: int = field(default_factory=usable_cores)
+    """Processes that measure divergences, and threads that times are measured with."""
+    seed: int = 1
 
 
-def methods() -> list[Method]:
-    """All that is compared."""
+class Worker:
+    """What a process needs to measure divergences."""
 
-    def fixed(selector: Selector) -> Callable[[Case], Selector]:
-        return lambda case: selector
+    def __init__(self, plan: Plan, text: str) -> None:
+        checkpoint = load_checkpoint(plan.model, name="quality", dtype="float32")
+        head = tuple(checkpoint.tokenizer.encode_rendered("<|begin|><|user|>")[0])
+        self.bench = Bench(checkpoint, _CAPACITY)
+        self.tasks = Tasks(text, checkpoint.tokenizer, head, plan.seed)
+        self._methods = methods()
 
-    rows = [
-        Method("none", 0.0, fixed(Nothing())),
-        Method("none, K not turned", 0.0, fixed(Nothing()), turned=False),
-        Method("none", 0.0, fixed(Nothing()), "behind"),
-        Method("full", 1.0, fixed(Full())),
-    ]
-    for ratio in RATIOS:
-        gradual = ((1, min(1.0, 1.3 * ratio)), (2, ratio), (3, 0.7 * ratio))
-        for name, selector in (
-            ("random", Random(ratio)),
-            ("epic", Epic(ratio)),
-            ("cacheblend K", CacheBlend(((1, ratio),), "k")),
-            ("cacheblend V", CacheBlend(((1, ratio),), "v")),
-            ("cacheblend K+V", CacheBlend(((1, ratio),))),
-            ("cacheblend gradual", CacheBlend(gradual)),
-            ("kvshare", KvShare(ratio)),
-        ):
-            rows.append(Method(name, ratio, fixed(selector)))
-        rows += [
-            Method("epic, K not turned", ratio, fixed(Epic(ratio)), turned=False),
-            Method("cacheblend K+V, K not turned", ratio, fixed(CacheBlend(((1, ratio),))), turned=False),
-            Method("epic", ratio, fixed(Epic(ratio)), "behind"),
-            Method("cacheblend K+V", ratio, fixed(CacheBlend(((1, ratio),))), "behind"),
-            Method("sensitive", ratio, fixed(Sensitive(ratio)), "alone"),
-            Method("sensitive", ratio, fixed(Sensitive(ratio)), "behind"),
-            Method("oracle", ratio, lambda case, r=ratio: _oracle(case, "alone", r)),  # type: ignore[misc]
-            Method("oracle", ratio, lambda case, r=ratio: _oracle(case, "behind", r), "behind"),  # type: ignore[misc]
-        ]
-    rows += [Method("cachecraft", scale, fixed(CacheCraft(scale)), "prompt") for scale in (0.25, 0.5, 1.0)]
-    return rows
+    def case(self, prompt: Prompt, task: str, index: int) -> Case:
+        """A prompt made ready."""
+        rng = np.random.default_rng((7, index))
+        elsewhere = [self.tasks.prompt(task, _ELSEWHERE + 2 * index + turn).chunks for turn in range(2)]
+        foreign: list[Text] = [chunk for chunks in elsewhere for chunk in chunks][:FOREIGN]
+        return self.bench.case(prompt, foreign, rng)
+
+    def divergences(self, task: str, index: int) -> dict[str, float]:
+        """Of every method on one prompt."""
+        case = self.case(self.tasks.prompt(task, index), task, index)
+        return {method.label: self.bench.divergence(case, method) for method in self._methods}
+
+    def costs(self, prompt: Prompt, rounds: int) -> dict[Method, Cost]:
+        """Of every method on one prompt."""
+        return costs(self.bench, self.case(prompt, "quote", 0), self._methods, rounds)
 
 
-def _oracle(case: Case, stored: Stored, ratio: float) -> Selector:
-    prompt = blended(case, stored)
-    scores = torch.zeros(len(prompt.tokens))
-    for piece, true in zip(prompt.placed, case.true, strict=True):
-        scores[piece.start : piece.stop] = deviation_of(piece.chunk, true)
-    return Ranked(scores, ratio)
+_worker: Worker
+"""Of this process, where it is one of several."""
 
 
-def blended(case: Case, stored: Stored) -> BlendPrompt:
-    """The prompt with its chunks placed."""
-    start, placed = len(case.prompt.head), []
-    for chunk in case.stored[stored]:
-        placed.append(Placed(chunk, start, 0, len(chunk.tokens), name=_name(chunk.tokens)))
-        start += len(chunk.tokens)
-    return BlendPrompt(case.prompt.tokens, tuple(placed))
+def _begin(plan: Plan, text: str) -> None:
+    global _worker  # there is no other way to keep anything in a process of a pool
+    torch.set_num_threads(1)
+    _worker = Worker(plan, text)
 
 
-class Bench:
-    """One model, and room to compute in."""
-
-    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
-        self.checkpoint = checkpoint
-        self.trial, self._store = Trial(checkpoint, capacity), Trial(checkpoint, capacity)
-
-    def case(self, prompt: Prompt, earlier: Prompt, others: Iterable[tuple[int, ...]]) -> Case:
-        """`earlier`: a prompt that had the same chunks among others. `others`: texts that may stand before a chunk."""
-        exact = self.trial.compute(prompt.tokens, SUFFIX + 1)[:-1]
-        true, start = [], len(prompt.head)
-        for chunk in prompt.chunks:
-            true.append(self.trial.taken(prompt.tokens, start, start + len(chunk)))
-            start += len(chunk)
-        contexts = [[*prompt.head, *text] for text in others]
-        alone, behind = [], []
-        for chunk in prompt.chunks:
-            elsewhere = [self._store.chunk(chunk, after=context) for context in contexts]
-            alone.append(measured(self._store.chunk(chunk), elsewhere))
-            behind.append(measured(self._store.chunk(chunk, after=prompt.head), elsewhere))
-        stored: dict[Stored, tuple[ChunkKv, ...]] = {"alone": tuple(alone), "behind": tuple(behind)}
-        stored["prompt"] = self._from_prompt(earlier, prompt)
-        return Case(prompt, exact, stored, tuple(true))
-
-    def divergence(self, case: Case, method: Method) -> float:
-        """KL from the exact scores."""
-        prompt = blended(case, method.stored)
-        scores = self.trial.blend(prompt, method.selector(case), SUFFIX + 1, turned=method.turned)
-        return divergence(case.exact, scores[:-1])
-
-    def _from_prompt(self, earlier: Prompt, prompt: Prompt) -> tuple[ChunkKv, ...]:
-        ends = np.cumsum([len(earlier.head), *map(len, earlier.chunks), len(earlier.suffix)]).tolist()
-        names = [b"head", *map(_name, earlier.chunks), b"suffix"]
-        observer = Observer(ends)
-        self._store.compute(earlier.tokens, 1, observer)
-        found = {}
-        for which, chunk in enumerate(earlier.chunks, start=1):
-            context = context_index(observer.mass, names, ends, which)
-            found[chunk] = self._store.taken(earlier.tokens, ends[which - 1], ends[which], context)
-        return tuple(found[chunk] for chunk in prompt.chunks)
+def _measure(task: str, index: int) -> dict[str, Any]:
+    return {"task": task, "index": index, "kl": _worker.divergences(task, index)}
 
 
-def _name(tokens: Iterable[int]) -> bytes:
-    return np.asarray(tuple(tokens), dtype=np.int32).tobytes()
+class Notes:
+    """The file of what was measured of each prompt; its first line says of what."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Takes up what is there of the same model, seed and methods; anything else is begun anew."""
+        lines = _lines(path)
+        fits = bool(lines) and lines[0] == facts
+        self.rows: list[dict[str, Any]] = lines[1:] if fits else []
+        self._path = path
+        with path.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (facts, *self.rows))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write down what was measured of a prompt."""
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def missing(self, count: int) -> Iterator[tuple[str, int]]:
+        """Tasks and numbers of prompts that are left to measure."""
+        known = {(row["task"], row["index"]) for row in self.rows}
+        return ((task, index) for task in TASKS for index in range(count) if (task, index) not in known)
+
+    def divergences(self, count: int) -> Divergences:
+        """All of them, in the order of prompts."""
+        rows = sorted((row for row in self.rows if row["index"] < count), key=lambda row: row["index"])
+        labels = [method.label for method in methods()]
+        return {
+            task: {label: np.array([row["kl"][label] for row in rows if row["task"] == task]) for label in labels}
+            for task in TASKS
+        }
 
 
-def earlier_prompt(prompt: Prompt, others: list[tuple[int, ...]], rng: np.random.Generator) -> Prompt:
-    """The same chunks in another order, with one foreign chunk among them, as an earlier question brought them."""
-    chunks = [*prompt.chunks, others[int(rng.integers(len(others)))]]
-    return Prompt(prompt.head, tuple(chunks[i] for i in rng.permutation(len(chunks))), prompt.suffix)
-
-
-def operations(config: ModelConfig, computed: Iterable[Tensor]) -> float:
-    """Multiplications of computing tokens at these positions, layer by layer; each attends to all up to itself."""
-    e, kv = config.hidden_size, config.kv_heads * config.head_dim
-    q = config.heads * config.head_dim
-    per_token = e * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    return sum(len(at) * per_token + 2 * q * int((at + 1).sum()) for at in computed)
-
-
-def timed(run: Callable[[], object], rounds: int) -> float:
-    """Median seconds."""
-    run()
-    taken = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
-    return plain.median(taken)
-
-
-def measure(
-    bench: Bench, tasks: Tasks, others: Tasks, task: str, count: int, chosen: list[Method]
-) -> dict[Method, NDArray[np.float64]]:
-    """Per method the divergences of all prompts."""
-    rng = np.random.default_rng(7)
-    foreign = [chunk for prompt in others.prompts(task, 8) for chunk in prompt.chunks]
-    found: dict[Method, list[float]] = {method: [] for method in chosen}
-    for prompt in tasks.prompts(task, count):
-        picked = rng.choice(len(foreign), size=2, replace=False)
-        case = bench.case(prompt, earlier_prompt(prompt, foreign, rng), [foreign[i] for i in picked])
-        for method in chosen:
-            found[method].append(bench.divergence(case, method))
-    return {method: np.asarray(values) for method, values in found.items()}
-
-
-def costs(bench: Bench, prompt: Prompt, chosen: list[Method], rounds: int) -> dict[Method, tuple[float, float, float]]:
-    """Per method the share of tokens computed, of operations and of seconds, against computing the whole prompt."""
-    trial, config, total = bench.trial, bench.checkpoint.config, len(prompt.tokens)
-    case = bench.case(prompt, prompt, [prompt.chunks[0]])
-    whole = operations(config, [torch.arange(total)] * config.layers)
-    full = timed(lambda: trial.compute(prompt.tokens, 1), rounds)
-    found = {}
-    for method in chosen:
-        placed, selector = blended(case, method.stored), method.selector(case)
-        blend = Blend(placed, selector)
-        trial.run(placed, blend)
-        seconds = timed(lambda p=placed, s=selector: trial.blend(p, s, 1), rounds)  # type: ignore[misc]
-        tokens = sum(blend.computed) / (total * config.layers)
-        found[method] = (tokens, operations(config, blend.positions) / whole, seconds / full)
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What can be read of it: the last line may be cut."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
     return found
 
 
-def main() -> None:
-    """Measure everything and write it down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the table and the plots")
-    parser.add_argument("--model", type=Path, default=BUNDLED, metavar="DIR")
-    parser.add_argument("--prompts", type=int, default=200, help="per task")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of time, of which the median counts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    checkpoint = load_checkpoint(args.model, name="quality", dtype="float32")
-    bench = Bench(checkpoint, capacity=4096)
-    text, head = held_out(data_dir()), tuple(checkpoint.tokenizer.encode_rendered("<|begin|><|user|>")[0])
-    tasks, others = (Tasks(text, checkpoint.tokenizer, head, seed) for seed in (args.seed, args.seed + 1000))
-    chosen = methods()
-    found = {}
+def run(plan: Plan, out: Path) -> list[Row]:
+    """Measure what is not measured yet, and write it all to `out`. Raises DataError without the texts."""
+    text = held_out(data_dir())
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(plan.workers)
+    worker = Worker(plan, text)
+    labels = [method.label for method in methods()]
+    facts = {"model": worker.bench.checkpoint.fingerprint, "seed": plan.seed, "methods": labels}
+    notes = Notes(out / "divergences.jsonl", facts)
+    _measure_all(plan, text, notes)
+    short = worker.costs(worker.tasks.prompt("quote", 0), plan.rounds)
+    long = worker.costs(worker.tasks.long(6, 512), plan.rounds)
+    rows = _rows(notes.divergences(plan.prompts), short, long)
+    save(rows, {**facts, "prompts": plan.prompts, "threads": plan.workers}, out)
+    return rows
+
+
+def _measure_all(plan: Plan, text: str, notes: Notes) -> None:
+    left, began = list(notes.missing(plan.prompts)), time.monotonic()
+    if not left:
+        return
+    # Forked processes would inherit torch's threads in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.workers, mp_context=context, initializer=_begin, initargs=(plan, text)) as pool:
+        for done, future in enumerate(as_completed([pool.submit(_measure, *one) for one in left]), 1):
+            notes.add(future.result())
+            if done % 20 == 0 or done == len(left):
+                print(f"{done} of {len(left)} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _rows(found: Divergences, short: Mapping[Method, Cost], long: Mapping[Method, Cost]) -> list[Row]:
+    chosen = list(short)
+    base = chosen[0].label
+    return [
+        Row(
+            name=method.name,
+            stored=method.stored,
+            ratio=method.ratio,
+            turned=method.turned,
+            quality={task: relative(found[task][method.label], found[task][base]) for task in TASKS},
+            **asdict(short[method]),
+            seconds_long=long[method].seconds,
+        )
+        for method in chosen
+    ]
+
+
+def draw(rows: list[Row], folder: Path) -> None:
+    """A picture of every task."""
+    from loadtest import plots  # so that the processes that measure do without
+
     for task in TASKS:
-        began = time.monotonic()
-        found[task] = measure(bench, tasks, others, task, args.prompts, chosen)
-        print(f"{task}: {args.prompts} prompts in {time.monotonic() - began:.0f} s", flush=True)
-    short = costs(bench, next(tasks.prompts("quote", 1)), chosen, args.rounds)
-    long = costs(bench, tasks.long(6, 512), chosen, args.rounds)
-    rows = []
-    for method in chosen:
-        quality = {task: relative(found[task][method], found[task][chosen[0]]) for task in TASKS}
-        rows.append(Row(method.name, method.stored, method.ratio, quality, *short[method], long[method][2]))
-    facts = {"model": checkpoint.fingerprint, "prompts": args.prompts, "threads": args.threads, "seed": args.seed}
-    save(rows, facts, args.out)
+        plots.chunks(folder / f"chunks-{task}.png", rows, task)
+
+
+def main() -> int:
+    """Measure everything, write it down, and say whether it is as it should be; 1 without the data."""
+    usual = Plan()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables, figures and plots")
+    parser.add_argument("--model", type=Path, default=usual.model, metavar="DIR")
+    parser.add_argument("--prompts", type=int, default=usual.prompts, help="per task")
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="measurements of time; their median counts")
+    parser.add_argument("--workers", type=int, default=usual.workers, help="processes; threads where time is measured")
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    args = vars(parser.parse_args())
+    out = args.pop("out")
+    try:
+        rows = run(Plan(**args), out)
+    except DataError as error:
+        print(f"chunks: {error}", file=sys.stderr)
+        return 1
+    draw(rows, out)
     print(table(rows))
+    print(checks_table(checks(rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

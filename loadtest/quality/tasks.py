@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,20 +42,23 @@ class Tasks:
         self._stream = np.array(tokenizer.encode_text(text))
         self._names = sorted({word.strip(".,;:!?") for word in text.split() if word[:1].isupper() and word.isascii()})
         self._names = [name for name in self._names if name.isalpha() and 3 <= len(name) <= 10]
+        self._seed = seed
         self._rng = np.random.default_rng(seed)
-
-    def prompts(self, task: str, count: int) -> Iterator[Prompt]:
-        """`count` prompts. Raises KeyError for an unknown task."""
-        makers: Mapping[str, Callable[[], Prompt]] = {
+        self._makers: Mapping[str, Callable[[], Prompt]] = {
             "quote": self._quote,
             "continuation": self._continuation,
             "facts": self._facts,
         }
-        maker = makers[task]
-        return (maker() for _ in range(count))
+
+    def prompt(self, task: str, index: int) -> Prompt:
+        """One of the task's prompts, whichever were asked for before. Raises KeyError for an unknown task."""
+        maker = self._makers[task]
+        self._rng = np.random.default_rng((self._seed, list(self._makers).index(task), index))
+        return maker()
 
     def long(self, chunks: int, size: int) -> Prompt:
         """One prompt of longer chunks, for measuring time."""
+        self._rng = np.random.default_rng(self._seed)
         return self._prompt([self._stretch(size) for _ in range(chunks)], self._stretch(SUFFIX))
 
     def _quote(self) -> Prompt:

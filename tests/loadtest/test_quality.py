@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import load_checkpoint
 from engine.tokenizer import load_tokenizer
-from loadtest.quality import chunks
-from loadtest.quality.report import Row, save, table
+from loadtest.quality.chunks import Notes, Plan, Worker
+from loadtest.quality.measuring import costs
+from loadtest.quality.methods import methods
+from loadtest.quality.report import Row, checks, checks_table, save, table
 from loadtest.quality.statistics import Relative, divergence, relative
 from loadtest.quality.tasks import CHUNK, SUFFIX, Tasks
 from tests.engine.checkpoints import write, write_tokenizer
@@ -27,20 +28,21 @@ def tasks(tmp_path: Path) -> Tasks:
 
 def test_endings_need_what_stands_in_the_chunks(tasks: Tasks, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
-    for prompt in tasks.prompts("quote", 5):
+    for prompt in (tasks.prompt("quote", index) for index in range(5)):
         assert any(prompt.suffix == chunk[at : at + SUFFIX] for chunk in prompt.chunks for at in range(CHUNK))
-    for prompt in tasks.prompts("facts", 5):
+    for prompt in (tasks.prompt("facts", index) for index in range(5)):
         stated = "".join(tokenizer.decode(chunk) for chunk in prompt.chunks)
         name = tokenizer.decode(prompt.suffix).removeprefix("What is ").split("?")[0]
         assert f"{name}: " in stated
     for task in ("quote", "facts", "continuation"):
-        for prompt in tasks.prompts(task, 5):
+        for prompt in (tasks.prompt(task, index) for index in range(5)):
             assert 4 <= len(prompt.chunks) <= 6
             assert len(prompt.suffix) == SUFFIX
             assert len(prompt.tokens) == 2 + sum(map(len, prompt.chunks)) + SUFFIX
     assert list(map(len, tasks.long(3, 50).chunks)) == [50] * 3
+    assert tasks.prompt("quote", 3) == tasks.prompt("quote", 3) != tasks.prompt("quote", 4)
     with pytest.raises(KeyError):
-        tasks.prompts("poetry", 1)
+        tasks.prompt("poetry", 1)
 
 
 def test_divergence_is_zero_only_for_the_same() -> None:
@@ -60,26 +62,68 @@ def test_ratios_are_compared_prompt_by_prompt() -> None:
 
 def test_every_method_runs_and_all_of_it_is_exact(tmp_path: Path) -> None:
     write(tmp_path, max_position_embeddings=2048)
-    checkpoint = load_checkpoint(tmp_path, name="tiny", dtype="float32")
-    ours, others = (Tasks(TEXT, checkpoint.tokenizer, (7, 8), seed) for seed in (1, 2))
-    bench, chosen = chunks.Bench(checkpoint, 1024), chunks.methods()
-    divergences = chunks.measure(bench, ours, others, "quote", 1, chosen)
-    ends = [method for method in chosen if method.name in ("none", "full", "epic") and method.stored == "alone"]
-    spent = chunks.costs(bench, next(ours.prompts("quote", 1)), ends, 1)
+    worker = Worker(Plan(tmp_path, seed=1), TEXT)
+    found, chosen = worker.divergences("quote", 0), methods()
+    assert [method.label for method in chosen] == list(found)
     for method in chosen:
-        assert (divergences[method][0] < 1e-6) == (method.name == "full")
-    rows = []
-    for method in ends:
-        quality = {"quote": relative(divergences[method], divergences[chosen[0]])}
-        rows.append(Row(method.name, method.stored, method.ratio, quality, *spent[method], spent[method][2]))
-    full, none = (next(row for row in rows if row.name == name) for name in ("full", "none"))
+        assert (found[method.label] < 1e-6) == (method.name == "full")
+    ends = [method for method in chosen if method.ratio in (0.0, 1.0) and method.stored == "alone" and method.turned]
+    prompt = worker.tasks.prompt("quote", 1)
+    none, full = costs(worker.bench, worker.case(prompt, "quote", 1), ends, 1).values()
     assert full.computed == full.operations == 1.0
     assert none.computed < none.operations < 0.2  # what is left to compute stands at the end
-    save(rows, {"seed": 1}, tmp_path)
-    assert (tmp_path / "chunks.md").read_text() == table(rows)
-    assert (tmp_path / "chunks-quote.svg").read_text().count("<polyline") == 2
 
 
-def test_the_table_has_a_line_for_every_method() -> None:
-    row = Row("none", "alone", 0.0, {"quote": Relative(1.0, 1.0, 1.0)}, 0.1, 0.1, 0.2, 0.1)
-    assert table([row]).splitlines()[2].startswith("| none | alone | 0.00 | 1.000 (1.000–1.000) | 0.10 |")
+def test_measuring_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    facts = {"model": "one", "seed": 1}
+    notes = Notes(tmp_path / "notes", facts)
+    assert len(list(notes.missing(2))) == 6
+    kl = {method.label: 0.5 for method in methods()}
+    for index in (1, 0):
+        notes.add({"task": "facts", "index": index, "kl": {**kl, "none|alone|0.00|turned": float(index)}})
+    with (tmp_path / "notes").open("a") as file:
+        file.write('{"task": "quote", "ind')
+    again = Notes(tmp_path / "notes", facts)
+    assert list(again.missing(2)) == [("quote", 0), ("quote", 1), ("continuation", 0), ("continuation", 1)]
+    assert again.divergences(2)["facts"]["none|alone|0.00|turned"].tolist() == [0.0, 1.0]
+    assert len(list(Notes(tmp_path / "notes", {**facts, "seed": 2}).missing(2))) == 6
+
+
+def row(name: str, ratio: float, quality: float, **changes: object) -> Row:
+    found = Relative(quality, quality, quality)
+    given = {"stored": "alone", "turned": True, "quality": {"quote": found, "facts": found}, **changes}
+    return Row(name=name, ratio=ratio, computed=0.1, operations=0.1, **{"seconds": 0.2, "seconds_long": 0.1, **given})  # type: ignore[arg-type]
+
+
+ROWS = [
+    row("none", 0.0, 1.0),
+    row("none", 0.0, 4.0, turned=False),
+    row("full", 1.0, 1e-9),
+    row("random", 0.15, 0.9),
+    row("epic", 0.05, 0.3),
+    row("epic", 0.15, 0.2),
+    row("cacheblend K+V", 0.15, 0.3),
+    row("sensitive", 0.15, 0.1, stored="mean"),
+    row("sensitive", 0.30, 0.01, stored="mean", seconds=0.5),
+]
+
+
+def test_what_must_hold_is_told() -> None:
+    found = checks(ROWS)
+    assert [check.claim for check in found if not check.holds] == []
+    assert "0.100 (sensitive 0.15, mean, at 0.20 of the time)" in checks_table(found)
+    worse = [*ROWS[:4], row("epic", 0.05, 0.1), *ROWS[5:7], row("sensitive", 0.15, 0.5, stored="mean")]
+    claims = " ".join(check.claim for check in checks(worse) if not check.holds)
+    assert claims.count("falls with the ratio: epic") == claims.count("ours on quote") == 1
+    assert "**no**" in checks_table(checks(worse))
+
+
+def test_all_is_written_down(tmp_path: Path) -> None:
+    save(ROWS, {"seed": 1}, tmp_path)
+    assert (tmp_path / "chunks.md").read_text().startswith(table(ROWS))
+    assert table(ROWS).splitlines()[2].startswith("| none | alone | yes | 0.00 | 1.000 (1.000–1.000) |")
+    pytest.importorskip("matplotlib")
+    from loadtest import plots
+
+    plots.chunks(tmp_path / "quote.png", ROWS, "quote")
+    assert (tmp_path / "quote.png").read_bytes().startswith(b"\x89PNG")

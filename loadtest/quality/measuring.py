@@ -1,0 +1,126 @@
+"""One model under measurement: divergences of all methods on a prompt, and what each method costs."""
+
+from __future__ import annotations
+
+import statistics as plain
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
+from engine.reuse.blending import Blend
+from engine.reuse.cachecraft import Observer, context_index
+from engine.reuse.chunks import ChunkKv
+from engine.reuse.sensitivity import averaged, measured
+from engine.reuse.trial import Trial
+from loadtest.quality.methods import Case, Method, Stored, name_of
+from loadtest.quality.statistics import divergence
+from loadtest.quality.tasks import SUFFIX, Prompt
+
+Text = tuple[int, ...]
+FOREIGN = 4
+"""Texts that a case needs to put before its chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a method takes, relative to computing everything."""
+
+    computed: float
+    """Share of the prompt's tokens, mean over layers."""
+    operations: float
+    seconds: float
+
+
+class Bench:
+    """One model, and room to compute in."""
+
+    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
+        self.checkpoint = checkpoint
+        self.trial, self._store = Trial(checkpoint, capacity), Trial(checkpoint, capacity)
+
+    def case(self, prompt: Prompt, foreign: Sequence[Text], rng: np.random.Generator) -> Case:
+        """`foreign`: `FOREIGN` texts that do not stand in the prompt."""
+        exact = self.trial.compute(prompt.tokens, SUFFIX + 1)[:-1]
+        true, start = [], len(prompt.head)
+        for chunk in prompt.chunks:
+            true.append(self.trial.taken(prompt.tokens, start, start + len(chunk)))
+            start += len(chunk)
+        stored = self._stored(prompt, foreign)
+        stored["seen"] = self._seen(_earlier(prompt, foreign, rng), prompt)
+        return Case(prompt, exact, stored, tuple(true))
+
+    def divergence(self, case: Case, method: Method) -> float:
+        """KL from the exact scores."""
+        prompt = case.blended(method.stored)
+        scores = self.trial.blend(prompt, method.selector(case), SUFFIX + 1, turned=method.turned)
+        return divergence(case.exact, scores[:-1])
+
+    def _stored(self, prompt: Prompt, foreign: Sequence[Text]) -> dict[Stored, tuple[ChunkKv, ...]]:
+        one, two, three, four = foreign
+        contexts = [[*prompt.head, *text] for text in (one, two, three + four)]
+        found: dict[Stored, list[ChunkKv]] = {"alone": [], "head": [], "mean": []}
+        for chunk in prompt.chunks:
+            elsewhere = [self._store.chunk(chunk, after=context) for context in contexts]
+            found["alone"].append(measured(self._store.chunk(chunk), elsewhere))
+            found["head"].append(measured(self._store.chunk(chunk, after=prompt.head), elsewhere))
+            found["mean"].append(averaged(elsewhere))
+        return {stored: tuple(chunks) for stored, chunks in found.items()}
+
+    def _seen(self, earlier: Prompt, prompt: Prompt) -> tuple[ChunkKv, ...]:
+        ends = np.cumsum([len(earlier.head), *map(len, earlier.chunks), len(earlier.suffix)]).tolist()
+        names = [b"head", *map(name_of, earlier.chunks), b"suffix"]
+        observer = Observer(ends)
+        self._store.compute(earlier.tokens, 1, observer)
+        found = {}
+        for which, chunk in enumerate(earlier.chunks, start=1):
+            context = context_index(observer.mass, names, ends, which)
+            found[chunk] = self._store.taken(earlier.tokens, ends[which - 1], ends[which], context)
+        return tuple(found[chunk] for chunk in prompt.chunks)
+
+
+def _earlier(prompt: Prompt, foreign: Sequence[Text], rng: np.random.Generator) -> Prompt:
+    """The same chunks in another order, with one foreign chunk among them, as an earlier question brought them."""
+    chunks = [*prompt.chunks, foreign[0]]
+    return Prompt(prompt.head, tuple(chunks[i] for i in rng.permutation(len(chunks))), prompt.suffix)
+
+
+def operations(config: ModelConfig, computed: Iterable[Tensor]) -> float:
+    """Multiplications of computing tokens at these positions, layer by layer; each attends to all up to itself."""
+    e, kv = config.hidden_size, config.kv_heads * config.head_dim
+    q = config.heads * config.head_dim
+    per_token = e * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    return sum(len(at) * per_token + 2 * q * int((at + 1).sum()) for at in computed)
+
+
+def timed(run: Callable[[], object], rounds: int) -> float:
+    """Median seconds."""
+    run()
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return plain.median(taken)
+
+
+def costs(bench: Bench, case: Case, chosen: Sequence[Method], rounds: int) -> dict[Method, Cost]:
+    """What each method costs on one prompt, placing its chunks included."""
+    trial, config, prompt = bench.trial, bench.checkpoint.config, case.prompt
+    total = len(prompt.tokens)
+    whole = operations(config, [torch.arange(total)] * config.layers)
+    full = timed(lambda: trial.compute(prompt.tokens, 1), rounds)
+    found = {}
+    for method in chosen:
+        placed, selector = case.blended(method.stored), method.selector(case)
+        blend = Blend(placed, selector)
+        trial.run(placed, blend)
+        seconds = timed(lambda p=placed, s=selector: trial.blend(p, s, 1), rounds)  # type: ignore[misc]
+        tokens = sum(blend.computed) / (total * config.layers)
+        found[method] = Cost(tokens, operations(config, blend.positions) / whole, seconds / full)
+    return found
