@@ -7,7 +7,9 @@ A block is in one of three places:
 - free: neither.
 
 Registered blocks are never written to, nor are shared ones: `reserve` replaces them by copies first. The copies are
-collected for whoever owns the memory, who runs them, in order, before anything else of the step is written.
+collected for whoever owns the memory, who runs them, in order, before anything else of the step is written. (Repairs of
+what chunks brought are the exception: they make a registered block that only one sequence holds less approximate, among
+others that are approximate too.)
 """
 
 from __future__ import annotations
@@ -194,6 +196,10 @@ class BlockManager:
             table.append(self._take())
         self._tell_removed()
         return True
+
+    def alone(self, sequence: Sequence, position: int) -> bool:
+        """Whether no other live sequence holds the block of this token."""
+        return self._refs[sequence.table[position // self.size]] == 1
 
     def commit(self, sequence: Sequence) -> None:
         """Register the blocks that became full of computed tokens. Those known already stay private to the sequence."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention import AttentionBackend, KvPool, Packed
@@ -16,7 +17,9 @@ from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.graphs import DecodeGraphs, Record
 from engine.model import stored_tensors
+from engine.reuse.steps import Piece, StepBlend
 from engine.scheduler import Chunk
+from engine.sequence import Positions
 from engine.sequence import Sequence as Row
 
 BLOCK_SIZE = 16
@@ -41,6 +44,10 @@ class Outcome:
     """[R, V], for the chunks that draw, in their order."""
     prompt: Tensor
     """Hidden states [T, E] of all tokens of the chunks whose prompt is scored, in their order."""
+    lost: frozenset[Row] = frozenset()
+    """Whose chunks did not come: what was computed for them is void, and `scores` has no rows of them."""
+    dropped: Mapping[Row, Positions] = field(default_factory=dict)
+    """Tokens that were not computed in all layers, of sequences that have such: chunks had brought them."""
 
 
 class Executor:
@@ -75,9 +82,11 @@ class Executor:
         self._scratch, self._context = blocks, context
         self._graphs: DecodeGraphs | None = None
         self._width = -(-context // BLOCK_SIZE)
-        self._tables = np.zeros((16, self._width), dtype=np.int32)
+        self._tables: NDArray[np.int32] = np.zeros((16, self._width), dtype=np.int32)
         self._rows: dict[Row, int] = {}
         self._free = list(range(16))
+        self._placed: set[Row] = set()
+        """Those whose chunks are in the pool."""
 
     def capture(self, most: int, record: Record | None = None) -> None:
         """From now on decode up to `most` sequences through CUDA graphs, or whatever `record` makes.
@@ -94,6 +103,16 @@ class Executor:
             record=record,
         )
 
+    @property
+    def pool(self) -> KvPool:
+        """Keys and values of all sequences; for the thread that computes."""
+        return self._pool
+
+    def slots(self, sequence: Row, positions: Positions) -> Tensor:
+        """Where in the pool these tokens of a sequence lie that was computed last step: int64 [N]."""
+        blocks = self._tables[self._rows[sequence], positions // BLOCK_SIZE].astype(np.int64)
+        return torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(self._checkpoint.device)
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), in order."""
         self._pool.copy_blocks(pairs)
@@ -103,6 +122,8 @@ class Executor:
         packed, drawn = self._packed(chunks)
         small = len(packed.ids) * self._per_token < _WORTH_SHARING
         torch.set_num_threads(1 if small else self._threads)
+        if any(chunk.sequence.blended is not None for chunk in chunks) and (pieces := self._pieces(chunks)):
+            return self._blend(chunks, packed, pieces)
         if self._graphs is not None and drawn == len(chunks) and self._graphs.fits(packed):
             scores = self._graphs.scores(packed)
             return Outcome(scores, scores[:0])
@@ -115,24 +136,49 @@ class Executor:
 
     def forget(self, sequence: Row) -> None:
         """The sequence is finished or was set back."""
+        self._placed.discard(sequence)
         if (row := self._rows.pop(sequence, None)) is not None:
             self._free.append(row)
 
+    def _pieces(self, chunks: tuple[Chunk, ...]) -> dict[int, Piece]:
+        """Per place in the step, of whom chunks are to be placed or tokens to be dropped in it."""
+        pieces = {}
+        for index, chunk in enumerate(chunks):
+            sequence, blended = chunk.sequence, chunk.sequence.blended
+            if blended is None or chunk.start >= len(sequence.prompt):
+                continue
+            slots = None
+            if sequence not in self._placed:
+                slots = self.slots(sequence, np.arange(len(sequence.prompt)))
+            if slots is not None or blended.selector.checks:
+                positions = np.arange(chunk.start, chunk.start + chunk.count) if chunk.rows is None else chunk.rows
+                pieces[index] = Piece(blended, chunk.start, chunk.start + chunk.count, positions, slots)
+        return pieces
+
+    def _blend(self, chunks: tuple[Chunk, ...], packed: Packed, pieces: dict[int, Piece]) -> Outcome:
+        """A step in which chunks are placed or tokens dropped."""
+        blend = StepBlend(pieces, self._model.rope)
+        hidden = self._model.forward(packed, self._pool, self._backend, blend)
+        self._placed |= {chunks[index].sequence for index in pieces}
+        lost = frozenset(chunks[index].sequence for index in blend.lost)
+        drawing = [chunk.sequence not in lost for chunk in chunks if chunk.draws]
+        drawn = torch.tensor(drawing, dtype=torch.bool, device=hidden.device)
+        return Outcome(
+            self._model.logits(hidden[: len(drawn)][drawn]),
+            hidden[len(drawn) :],
+            lost,
+            {chunks[index].sequence: positions for index, positions in blend.dropped().items()},
+        )
+
     def _packed(self, chunks: tuple[Chunk, ...]) -> tuple[Packed, int]:
         """The step as tensors, and how many chunks draw."""
-        counts = tuple(chunk.count for chunk in chunks)
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-        rows = np.fromiter((self._row(chunk) for chunk in chunks), np.int64, len(chunks))
-        ends = np.cumsum(counts)
+        places = np.fromiter((self._row(chunk) for chunk in chunks), np.int64, len(chunks))
+        counts, positions, ids = _tokens(chunks)
         repeats = np.asarray(counts)
-        positions = np.arange(ends[-1]) + np.repeat(starts - ends + repeats, repeats)
-        blocks = self._tables[np.repeat(rows, repeats), positions // BLOCK_SIZE].astype(np.int64)
-        ids = np.fromiter(
-            (token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]),
-            np.int64,
-            ends[-1],
-        )
-        totals = tuple((starts + repeats).tolist())
+        ends = np.cumsum(repeats)
+        blocks = self._tables[np.repeat(places, repeats), positions // BLOCK_SIZE].astype(np.int64)
+        totals = positions[ends - 1] + 1
+        firsts = positions[ends - repeats]
         wanted, drawn = _wanted(chunks, ends)
         device = self._checkpoint.device
 
@@ -143,13 +189,14 @@ class Executor:
             ids=on_device(ids),
             positions=on_device(positions),
             slots=on_device(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
-            tables=on_device(self._tables[rows, : -(-max(totals) // BLOCK_SIZE)]),
+            tables=on_device(self._tables[places, : -(-int(totals.max()) // BLOCK_SIZE)]),
             starts=on_device(np.concatenate(([0], ends)).astype(np.int32)),
-            lengths=on_device(np.asarray(totals, dtype=np.int32)),
+            lengths=on_device(totals.astype(np.int32)),
             counts=counts,
-            totals=totals,
+            totals=tuple(totals.tolist()),
             drawing=on_device(wanted),
             spans=on_device(_spans(chunks, positions, repeats)) if self._model.rope.stretches else None,
+            firsts=None if np.array_equal(totals - firsts, repeats) else tuple(firsts.tolist()),
         )
         return packed, drawn
 
@@ -173,6 +220,23 @@ class Executor:
 def _multiply_adds(config: ModelConfig) -> int:
     """Of one token in all layers, attention not counted."""
     return sum(math.prod(part.shape) for name, part in stored_tensors(config) if name.startswith("layers."))
+
+
+def _tokens(chunks: tuple[Chunk, ...]) -> tuple[tuple[int, ...], Positions, Positions]:
+    """How many tokens of each chunk are computed, their positions, and their ids."""
+    counts = tuple(chunk.size for chunk in chunks)
+    if any(chunk.rows is not None for chunk in chunks):
+        rows = [
+            np.arange(chunk.start, chunk.start + chunk.count) if chunk.rows is None else chunk.rows for chunk in chunks
+        ]
+        pairs = zip(chunks, rows, strict=True)
+        ids = (chunk.sequence.tokens[at] for chunk, positions in pairs for at in positions.tolist())
+        return counts, np.concatenate(rows), np.fromiter(ids, np.int64, sum(counts))
+    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
+    repeats, ends = np.asarray(counts), np.cumsum(counts)
+    ids = (token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
+    positions = np.arange(ends[-1]) + np.repeat(starts - ends + repeats, repeats)
+    return counts, positions, np.fromiter(ids, np.int64, ends[-1])
 
 
 def _wanted(chunks: tuple[Chunk, ...], ends: Any) -> tuple[Any, int]:

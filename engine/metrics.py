@@ -154,7 +154,7 @@ class EngineMetrics(Collector):
     def scheduled(self, step: Step) -> None:
         """A step is about to be computed."""
         now = self._clock()
-        self._step_tokens.add(sum(chunk.count for chunk in step.chunks))
+        self._step_tokens.add(sum(chunk.size for chunk in step.chunks))
         for chunk in step.chunks:
             row = chunk.sequence
             if chunk.start == row.cached and not row.preemptions:  # its first piece

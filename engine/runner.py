@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from engine.checkpoint import Checkpoint
@@ -30,6 +31,9 @@ _SCORED_AT_ONCE = 64
 _QUIET = 1.0
 """Seconds without work after which the blocks' books are checked, once."""
 
+_GLANCE = 0.1
+"""Seconds after which sequences that wait for their chunks are looked at again, should nobody say that they came."""
+
 FinishReason = Literal["stop", "length"]
 log = logging.getLogger("hitpath.engine")
 
@@ -42,6 +46,8 @@ class Prompted:
     """Prompt tokens that did not have to be computed."""
     choices: tuple[Choice | None, ...] = ()
     """With `prompt_logprobs`: one per prompt token, None for the first."""
+    kept: int = 0
+    """Further prompt tokens that were not computed, since chunks brought them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,17 @@ class Watch(Protocol):
         ...
 
 
+class Library(Protocol):
+    """Who has chunks for prompts."""
+
+    def begin(self, job: Job, row: Row) -> None:
+        """Look for chunks of a sequence that is about to be queued: sets its `reuse`, and its `salt` with it, or not.
+
+        With the runner's lock held: must not block.
+        """
+        ...
+
+
 class _Answer:
     """A job under way: its row of tokens, its draws, its text."""
 
@@ -139,7 +156,8 @@ class _Answer:
         events: list[Event] = []
         if not self._told:
             self._told = True
-            events.append(Prompted(self.row.cached, tuple(self._scored[: len(self.job.prompt)])))
+            kept = 0 if self.row.kept is None else len(self.row.kept)
+            events.append(Prompted(self.row.cached, tuple(self._scored[: len(self.job.prompt)]), kept))
         params, drawn = self.job.params, self.row.drawn + 1
         if params.max_tokens == 0:
             return [*events, Finished("length", "", 0)]
@@ -175,9 +193,10 @@ class Runner:
         *,
         deliver: Callable[[Happened], None],
         watch: Watch | None = None,
+        library: Library | None = None,
     ) -> None:
         self._checkpoint, self._scheduler, self._executor = checkpoint, scheduler, executor
-        self._deliver, self._watch = deliver, watch
+        self._deliver, self._watch, self._library = deliver, watch, library
         self._changed = threading.Condition()
         # Scheduler and answers belong to whoever holds `_changed`; the worker lets go of it while the model computes.
         self._answers: dict[Row, _Answer] = {}
@@ -203,7 +222,7 @@ class Runner:
             rows: dict[Job, Row] = {}
             for job in jobs:
                 rows[job] = self._row(job, rows)
-            self._scheduler.add(list(rows.values()), time.monotonic())
+            self._queue(rows)
             for job, row in rows.items():
                 self._answers[row] = _Answer(job, row, self._checkpoint)
             self._rows.update(rows)
@@ -223,6 +242,11 @@ class Runner:
                     self._cancelled.append(job)
             self._changed.notify()
 
+    def wake(self) -> None:
+        """Chunks that a sequence was held for have come, or will not come."""
+        with self._changed:
+            self._changed.notify()
+
     def depth(self) -> tuple[int, int]:
         """How many are running and how many wait."""
         with self._changed:
@@ -235,6 +259,18 @@ class Runner:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def _queue(self, rows: dict[Job, Row]) -> None:
+        if self._library is not None:
+            for job, row in rows.items():
+                self._library.begin(job, row)
+        try:
+            self._scheduler.add(list(rows.values()), time.monotonic())
+        except Exception:
+            for row in rows.values():
+                if row.reuse is not None:
+                    row.reuse.released(row)
+            raise
 
     def _row(self, job: Job, siblings: dict[Job, Row]) -> Row:
         model, length = self._checkpoint.model, len(job.prompt)
@@ -277,7 +313,9 @@ class Runner:
 
     def _rest(self) -> None:
         """Wait for something to do; when nothing came for a while, see whether the books are in order."""
-        if self._checked:
+        if self._scheduler.depth()[1]:
+            self._changed.wait(_GLANCE)
+        elif self._checked:
             self._changed.wait()
         elif not self._changed.wait(_QUIET):
             self._checked = True
@@ -349,7 +387,10 @@ class Runner:
 
     def _finish(self, step: Step, outcome: Outcome) -> Happened:
         """Draw the tokens of a computed step and see what they mean."""
+        if outcome.lost or outcome.dropped:
+            step = self._settle(step, outcome)
         self._score_prompts(step, outcome)
+        self._tell_prefilled(step)
         rows = [chunk.sequence for chunk in step.chunks if chunk.draws]
         choices = draw(outcome.scores, [self._answers[row].drawing for row in rows]) if rows else []
         happened: Happened = []
@@ -365,6 +406,22 @@ class Runner:
                 self._scheduler.finish(row)
                 self._forget(row)
         return happened
+
+    def _settle(self, step: Step, outcome: Outcome) -> Step:
+        """The step without those whose chunks did not come."""
+        with self._changed:
+            self._scheduler.settle(outcome.lost, outcome.dropped)
+        return replace(step, chunks=tuple(chunk for chunk in step.chunks if chunk.sequence not in outcome.lost))
+
+    def _tell_prefilled(self, step: Step) -> None:
+        for chunk in step.chunks:
+            row = chunk.sequence
+            if row.reuse is None or not chunk.start < len(row.prompt) <= chunk.start + chunk.count:
+                continue
+            try:
+                row.reuse.prefilled(row, self._executor.pool, self._executor.slots(row, np.arange(len(row.prompt))))
+            except Exception:  # the answer does not depend on what is kept of its prompt
+                log.exception("a prompt's chunks could not be taken")
 
     def _score_prompts(self, step: Step, outcome: Outcome) -> None:
         """Log probabilities of prompts whose requests want them, a few tokens at a time."""

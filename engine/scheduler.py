@@ -13,6 +13,8 @@ Guaranteed
   before it and are overdue as well, are admitted before it. So it is admitted at the latest when all that run by then
   have ended. (Not counted is a child while it waits for the prompt of its parent.)
 - What several wait for is computed once: a sequence lets a running one compute the prefix they share, unless overdue.
+- A sequence whose chunks are still on their way is passed over while others can run, unless overdue; it delays nobody.
+- What is computed counts, not how long it is: a prompt's tokens that chunks bring cost neither budget nor service.
 - Until then the tenant that has been served least is next, measured in tokens computed for it; within a tenant the
   order is that of predicted cost plus time of arrival.
 """
@@ -26,9 +28,11 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import numpy as np
+
 from engine.blocks import BlockManager, Inconsistent
 from engine.errors import ContextTooLong, QueueFull, RequestError
-from engine.sequence import Sequence, State
+from engine.sequence import Positions, Reuse, Sequence, State
 
 AGEING_STEPS = 16
 """Waiting for `patience` weighs as much as the cost of so many full steps."""
@@ -44,13 +48,21 @@ SPARE = 0.01
 
 @dataclass(eq=False, slots=True)  # not frozen: one is built for every token, and freezing would treble what that costs
 class Chunk:
-    """Tokens `start` to `start + count` of a sequence, to be computed in this step. Not to be changed."""
+    """Tokens `start` to `start + count` of a sequence, which this step brings into the pool. Not to be changed."""
 
     sequence: Sequence
     start: int
     count: int
     draws: bool
     """They are its last ones so far: the next is drawn from their scores."""
+    rows: Positions | None = None
+    """Those computed, where it is not all of them: without those kept, or earlier ones to be repaired before the last.
+    The last token of a piece that draws is always among them."""
+
+    @property
+    def size(self) -> int:
+        """Tokens that are computed; one at least."""
+        return self.count if self.rows is None else len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +118,24 @@ class Scheduler:
     """Queues and running sequences over one pool of blocks. One thread owns it; `schedule` and `complete` alternate."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_running: int, max_waiting: int, token_budget: int, patience: float
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_waiting: int,
+        token_budget: int,
+        patience: float,
+        repairs: int = 0,
     ) -> None:
-        """`token_budget`: tokens computed in one step. `patience`: seconds. Raises ValueError."""
+        """`token_budget`: tokens computed in one step. `patience`: seconds.
+
+        `repairs`: tokens kept of a prompt that are computed at most beside each token drawn. Raises ValueError.
+        """
         if not 1 <= max_running <= token_budget:
             raise ValueError(f"max_running is {max_running}: it must be from 1 to token_budget, {token_budget}")
         if patience <= 0:
             raise ValueError(f"patience is {patience} s: it must be more than 0")
-        self._blocks, self._patience = blocks, patience
+        self._blocks, self._patience, self._repairs = blocks, patience, repairs
         self._max_running, self._max_waiting, self._token_budget = max_running, max_waiting, token_budget
         self._ageing = AGEING_STEPS * token_budget / patience
         self._spare = max(1, round(SPARE * blocks.total))
@@ -171,9 +193,25 @@ class Scheduler:
             self._lookups = LOOKUPS
             if self._admit_first(plan, now):
                 self._admit_by_service(plan)
+                if not plan.decodes and not plan.prefills:
+                    self._admit_by_service(plan, idle=True)
+        if self._repairs:
+            self._repair(plan)
         if not plan.decodes and not plan.prefills:
             return None
         return Step((*plan.decodes, *plan.prefills), tuple(self._blocks.take_copies()), tuple(plan.preempted))
+
+    def settle(self, lost: Iterable[Sequence], dropped: Mapping[Sequence, Positions]) -> None:
+        """What the computing of a step found out about chunks. To be called before `complete`.
+
+        `lost`: what was to be placed did not come; they are computed from `computed` on, so their chunks must not be
+        completed. `dropped`: tokens not computed in the end, which are kept as those that never were to be.
+        """
+        for sequence in lost:
+            sequence.strip()
+        for sequence, positions in dropped.items():
+            kept = sequence.kept
+            sequence.kept = positions if kept is None else np.union1d(kept, positions)
 
     def complete(self, step: Step, drawn: Mapping[Sequence, int]) -> None:
         """The step was computed; `drawn` has the next token of every chunk that draws.
@@ -242,6 +280,10 @@ class Scheduler:
             )
         if sequence in together or self._knows(sequence) or sequence.state is not State.WAITING:
             raise ValueError("a sequence is added once")
+        if sequence.reuse is not None and (sequence.fresh or not sequence.salt):
+            raise ValueError(
+                "what is computed with chunks is not exact: no scores of the prompt, and a salt of its own"
+            )
         if (parent := sequence.parent) is None:
             return
         if parent not in together and not self._knows(parent) and parent.state is not State.FINISHED:
@@ -275,6 +317,7 @@ class Scheduler:
         else:
             self._preempted.remove(sequence)
         sequence.state = State.FINISHED
+        _release(sequence)
         tenant = self._tenants[sequence.tenant]
         tenant.sequences -= 1
         if not tenant.sequences:
@@ -291,6 +334,7 @@ class Scheduler:
         sequence = self._running.pop()
         self._blocks.release(sequence)
         sequence.state = State.WAITING
+        _release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         insort(self._preempted, sequence, key=_by_order)
@@ -323,12 +367,29 @@ class Scheduler:
                 self._plan_prefill(plan, sequence)
 
     def _plan_prefill(self, plan: _Plan, sequence: Sequence) -> None:
-        left = len(sequence.tokens) - sequence.computed
-        count = min(left, plan.budget)
-        chunk = Chunk(sequence, sequence.computed, count, count == left)
-        (plan.decodes if left == 1 else plan.prefills).append(chunk)
-        plan.budget -= count
-        self._tenants[sequence.tenant].service += count
+        chunk = _piece(sequence, plan.budget)
+        size = chunk.size
+        (plan.decodes if chunk.draws and size == 1 else plan.prefills).append(chunk)
+        plan.budget -= size
+        self._tenants[sequence.tenant].service += size
+
+    def _repair(self, plan: _Plan) -> None:
+        """With what is left of the budget, compute some of the kept tokens beside those drawn.
+
+        The first ones first: what they see is repaired already, as far as it will be.
+        """
+        for chunk in plan.decodes:
+            sequence = chunk.sequence
+            if sequence.kept is None or chunk.start < len(sequence.prompt):
+                continue
+            left = sequence.kept if sequence.repairs is None else sequence.repairs
+            count = min(self._repairs, plan.budget)
+            sequence.repairs = left[count:]
+            rows = [int(at) for at in left[:count] if self._blocks.alone(sequence, int(at))]
+            if rows:
+                chunk.rows = np.array([*rows, chunk.start], dtype=np.int64)
+                plan.budget -= len(rows)
+                self._tenants[sequence.tenant].service += len(rows)
 
     # Admission
 
@@ -352,10 +413,13 @@ class Scheduler:
                 return sequence
         return None
 
-    def _admit_by_service(self, plan: _Plan) -> None:
-        """All others: again and again the next fitting one of the tenant that was served least."""
+    def _admit_by_service(self, plan: _Plan, *, idle: bool = False) -> None:
+        """All others: again and again the next fitting one of the tenant that was served least.
+
+        `idle`: nobody can run, so one of those whose chunks are on their way may, and meet them.
+        """
         heap = [
-            (tenant.service, place, tenant, self._candidates(tenant))
+            (tenant.service, place, tenant, self._candidates(tenant, idle))
             for place, tenant in enumerate(self._tenants.values())
             if tenant.queue
         ]
@@ -367,15 +431,19 @@ class Scheduler:
             if sequence is None:
                 heapq.heappop(heap)
             elif self._admit(plan, sequence):
+                if idle:
+                    return
                 heapq.heapreplace(heap, (tenant.service, place, tenant, candidates))
             else:
                 failures += 1
 
-    def _candidates(self, tenant: _Tenant) -> Iterator[Sequence]:
+    def _candidates(self, tenant: _Tenant, idle: bool) -> Iterator[Sequence]:
         """Its waiting sequences that seem to fit, best first."""
         self._refresh(tenant)
         for entry in tuple(tenant.queue):
             sequence = entry.sequence
+            if sequence.reuse is not None and sequence.reuse.held(idle):
+                continue
             if not _held(sequence) and (_forks(sequence) or self._is_ready(entry)):
                 yield sequence
 
@@ -425,8 +493,42 @@ class Scheduler:
             self._preempted.remove(sequence)
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_by_order)
+        if sequence.reuse is not None:
+            _blend(sequence, sequence.reuse)
         self._plan_prefill(plan, sequence)
         return True
+
+
+def _piece(sequence: Sequence, budget: int) -> Chunk:
+    """Its next tokens, so many that `budget` of them at most are computed."""
+    start, end, kept = sequence.computed, len(sequence.tokens), sequence.kept
+    if kept is None or not len(kept) or kept[-1] < start:
+        count = min(end - start, budget)
+        return Chunk(sequence, start, count, count == end - start)
+    missing = np.ones(end - start, dtype=np.bool_)
+    missing[kept[np.searchsorted(kept, start) :] - start] = False
+    rows = np.flatnonzero(missing) + start
+    # Up to the next token that has to be computed: those kept before it come for nothing.
+    stop = end if len(rows) <= budget else int(rows[budget])
+    rows = rows[:budget]
+    return Chunk(sequence, start, stop - start, stop == end, None if len(rows) == stop - start else rows)
+
+
+def _blend(sequence: Sequence, reuse: Reuse) -> None:
+    """Take what its chunks bring, as far as it has to be computed."""
+    last = len(sequence.prompt) - 1
+    if sequence.computed >= last:
+        return
+    sequence.blended = reuse.admitted(sequence)
+    if sequence.blended is not None:
+        kept = sequence.blended.kept()
+        sequence.kept = kept[np.searchsorted(kept, sequence.computed) : np.searchsorted(kept, last)]
+
+
+def _release(sequence: Sequence) -> None:
+    if sequence.reuse is not None:
+        sequence.strip()
+        sequence.reuse.released(sequence)
 
 
 def _held(sequence: Sequence) -> bool:

@@ -4,8 +4,51 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.attention import KvPool
+    from engine.reuse.steps import Blended
+
+Positions = NDArray[np.int64]
+"""Places in a sequence, ascending."""
+
+
+class Reuse(Protocol):
+    """The stored chunks of one sequence, on their way or there.
+
+    All but `prefilled` are called with the runner's lock held, and none may block or raise. Who changes its mind about
+    `held` calls `Runner.wake`, holding no lock that is taken here.
+    """
+
+    def held(self, idle: bool) -> bool:
+        """Whether it had better not be admitted yet. `idle`: nobody else would run meanwhile."""
+        ...
+
+    def admitted(self, sequence: Sequence) -> Blended | None:
+        """It has its blocks, and `computed` leading tokens are known; what to place behind them, None for nothing.
+
+        Called again when it was preempted. Not asked where all but the last token is known.
+        """
+        ...
+
+    def released(self, sequence: Sequence) -> None:
+        """Its blocks are gone: it ended, or was preempted and comes again, or was not taken into the queue."""
+        ...
+
+    def prefilled(self, sequence: Sequence, pool: KvPool, slots: Tensor) -> None:
+        """Its prompt is in the pool, at these slots, int64 [N]; on the worker's thread, before the first token is told.
+
+        Once for every admission that computes some of the prompt.
+        """
+        ...
 
 
 class State(enum.Enum):
@@ -33,6 +76,8 @@ class Sequence:
     """Another answer to the same prompt: its blocks are shared, copied when written to."""
     fresh: bool = False
     """Compute the whole prompt although parts are known: its log probabilities were asked for."""
+    reuse: Reuse | None = None
+    """Its chunks. What is computed with them is not exact, hence such a sequence has a `salt`."""
     arrived: float = 0.0
     """Seconds on the scheduler's clock."""
 
@@ -40,7 +85,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     """Prompt and what was drawn so far."""
     computed: int = field(default=0, init=False)
-    """Leading tokens whose keys and values are in the pool."""
+    """Leading tokens whose keys and values are in the pool; of those `kept` they may be on their way there."""
     table: list[int] = field(default_factory=list, init=False)
     """Block of tokens i·size to (i+1)·size."""
     hashes: list[bytes] = field(default_factory=list, init=False)
@@ -52,9 +97,19 @@ class Sequence:
     """Leading blocks whose hashes are registered, by this sequence or others."""
     order: int = field(default=0, init=False)
     """Place in the order of arrival."""
+    blended: Blended | None = field(default=None, init=False)
+    """What is placed in its blocks and how it is repaired; since its admission."""
+    kept: Positions | None = field(default=None, init=False)
+    """Prompt tokens, not the last, whose keys and values are placed and not computed by the prefill."""
+    repairs: Positions | None = field(default=None, init=False)
+    """Those of them that are still to be computed beside the tokens drawn; None before the first."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+
+    def strip(self) -> None:
+        """Forget what was placed: it is lost, or its blocks are."""
+        self.blended = self.kept = self.repairs = None
 
     @property
     def drawn(self) -> int:

@@ -1,14 +1,33 @@
 """Keys and values of text chunks, kept in tiers below the engine's pool. Needs torch; the gateway never imports it."""
 
-from cachestore.kv.format import Chunk, Geometry
+from cachestore.kv.format import Chunk, Geometry, note_size, salt
+from cachestore.kv.ledger import Key
 from cachestore.kv.opening import Opened, open_store
 from cachestore.kv.shelf import Tier, Tiers
-from cachestore.kv.store import Found, KvStore, Load, Lookup, Lost, Options, Refusal, Slot, Stats, Transfer
+from cachestore.kv.store import (
+    Found,
+    Gone,
+    Happening,
+    Kept,
+    KvStore,
+    Load,
+    Lookup,
+    Lost,
+    Options,
+    Refusal,
+    Slot,
+    Stats,
+    Transfer,
+)
 
 __all__ = [
     "Chunk",
     "Found",
     "Geometry",
+    "Gone",
+    "Happening",
+    "Kept",
+    "Key",
     "KvStore",
     "Load",
     "Lookup",
@@ -21,5 +40,7 @@ __all__ = [
     "Tier",
     "Tiers",
     "Transfer",
+    "note_size",
     "open_store",
+    "salt",
 ]

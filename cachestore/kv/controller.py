@@ -109,6 +109,11 @@ class Plan:
     """… and to compute everything else meanwhile."""
 
     @property
+    def loaded(self) -> frozenset[int]:
+        """Which chunks are to be read."""
+        return frozenset(index for index, choice in enumerate(self.choices) if isinstance(choice, Loaded))
+
+    @property
     def seconds(self) -> float:
         """Until the last layer is done: layer by layer, the slower of the two hides the other."""
         return max(self.loading, self.computing)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cachestore.kv.codecs import CODECS, Damaged, Form
 
-LAYOUT = 1
+LAYOUT = 2
 """Grows whenever head, parts or a codec change; chunks of another version are never read."""
 _MAGIC = b"HPKVHEAD"
 _FIXED = struct.Struct("<8sHHHHII16s16s16s")
@@ -27,6 +27,10 @@ _PART = struct.Struct("<HHQ16s")
 _CHECK = 16
 _LEAST = 1 << 18
 """Bytes of keys and values that a part has at least: smaller reads cost more than they hide."""
+
+
+_NOTE, _NOTE_TOKEN = 16, 4
+"""Bytes of a note: so many, and so many for each token."""
 
 
 class Foreign(ValueError):
@@ -110,6 +114,8 @@ class Head:
 
     codec: str
     parts: tuple[Part, ...]
+    note: bytes
+    """What whoever stored it wrote down, `note_size` bytes."""
 
     @property
     def size(self) -> int:
@@ -127,44 +133,82 @@ def salt(tenant: str) -> str:
     return blake2b(tenant.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Title:
+    """What a head says of itself to someone who does not know whose it is."""
+
+    name: bytes
+    tokens: tuple[int, ...]
+    note: bytes
+
+
+def note_size(tokens: int) -> int:
+    """Bytes of the note of any chunk of so many tokens; a shorter one is filled up with zeros."""
+    return _NOTE + _NOTE_TOKEN * tokens
+
+
 def head_size(geometry: Geometry, tokens: int) -> int:
     """Bytes of the head of any chunk of so many tokens."""
-    return _FIXED.size + len(geometry.forms(tokens)) * _PART.size + 4 * tokens + _CHECK
+    return _FIXED.size + len(geometry.forms(tokens)) * _PART.size + note_size(tokens) + 4 * tokens + _CHECK
 
 
-def write_head(geometry: Geometry, chunk: Chunk, codec: str, codes: Sequence[Tensor]) -> Tensor:
-    """uint8 [head_size]; `codes` are the parts in order."""
-    forms = geometry.forms(len(chunk.tokens))
+def write_head(geometry: Geometry, chunk: Chunk, codec: str, codes: Sequence[Tensor], note: bytes = b"") -> Tensor:
+    """uint8 [head_size]; `codes` are the parts in order. Raises ValueError for a note that is too long."""
+    forms, room = geometry.forms(len(chunk.tokens)), note_size(len(chunk.tokens))
+    if len(note) > room:
+        raise ValueError(f"a note of {len(note)} bytes, where {room} fit")
     fixed = _fixed(geometry, chunk, codec, len(forms))
     parts = (
         _PART.pack(form.first, form.layers, len(code), checksum(code)) for form, code in zip(forms, codes, strict=True)
     )
-    body = b"".join((fixed, *parts, _packed(chunk.tokens)))
+    body = b"".join((fixed, *parts, note.ljust(room, b"\0"), _packed(chunk.tokens)))
     return torch.frombuffer(bytearray(body + xxhash.xxh3_128_digest(body)), dtype=torch.uint8)
 
 
 def read_head(geometry: Geometry, chunk: Chunk, data: Tensor) -> Head:
     """What `write_head` wrote for this chunk. Raises Damaged, or Foreign."""
-    raw = data.numpy().tobytes()
-    body, check = raw[:-_CHECK], raw[-_CHECK:]
-    if len(raw) < _FIXED.size + _CHECK or xxhash.xxh3_128_digest(body) != check:
-        raise Damaged(f"a head of {len(raw)} bytes is not what was written")
+    body = _intact(data)
     forms = geometry.forms(len(chunk.tokens))
     codec = _FIXED.unpack_from(body)[-1].rstrip(b"\0").decode("ascii", "replace")
     tokens = _packed(chunk.tokens)
     if (
-        len(raw) != head_size(geometry, len(chunk.tokens))
+        len(data) != head_size(geometry, len(chunk.tokens))
         or body[: _FIXED.size] != _fixed(geometry, chunk, codec, len(forms))
         or not body.endswith(tokens)
         or codec not in CODECS
     ):
         raise Foreign("an intact head of another model, version or chunk")
-    table = body[_FIXED.size : len(body) - len(tokens)]
+    behind = _FIXED.size + len(forms) * _PART.size
+    table = body[_FIXED.size : behind]
     parts = tuple(
         Part(form, size, part_check)
         for form, (_, _, size, part_check) in zip(forms, _PART.iter_unpack(table), strict=True)
     )
-    return Head(codec, parts)
+    return Head(codec, parts, body[behind : len(body) - len(tokens)])
+
+
+def read_title(geometry: Geometry, data: Tensor) -> Title:
+    """What any head of this model's says. Raises Damaged, or Foreign."""
+    body = _intact(data)
+    magic, layout, *_, tokens, parts, identity, name, _ = _FIXED.unpack_from(body)
+    if (
+        (magic, layout, identity) != (_MAGIC, LAYOUT, geometry.identity)
+        or not tokens
+        or len(data) != head_size(geometry, tokens)
+        or parts != len(geometry.forms(tokens))
+    ):
+        raise Foreign("an intact head of another model or version")
+    end = len(body) - 4 * tokens
+    return Title(name, struct.unpack_from(f"<{tokens}I", body, end), body[end - note_size(tokens) : end])
+
+
+def _intact(data: Tensor) -> bytes:
+    """A head without its checksum. Raises Damaged."""
+    raw = data.numpy().tobytes()
+    body, check = raw[:-_CHECK], raw[-_CHECK:]
+    if len(raw) < _FIXED.size + _CHECK or xxhash.xxh3_128_digest(body) != check:
+        raise Damaged(f"a head of {len(raw)} bytes is not what was written")
+    return body
 
 
 def _fixed(geometry: Geometry, chunk: Chunk, codec: str, parts: int) -> bytes:

@@ -340,7 +340,7 @@ def _inventory(directory: Path) -> list[Kept]:
     """What an earlier process left, oldest first; what it did not finish is removed."""
     sizes: dict[Key, int] = {}
     used: dict[Key, float] = {}
-    heads: set[Key] = set()
+    heads: dict[Key, int] = {}
     paths: dict[Key, list[Path]] = {}
     for path in directory.iterdir():
         name = _filename_to_object_key(path.name)
@@ -353,11 +353,11 @@ def _inventory(directory: Path) -> list[Kept]:
         used[key] = max(used.get(key, 0.0), status.st_mtime)
         paths.setdefault(key, []).append(path)
         if name.object_group_id == 0:
-            heads.add(key)
-    for key in sizes.keys() - heads:
+            heads[key] = status.st_size
+    for key in sizes.keys() - heads.keys():
         for path in paths[key]:
             path.unlink(missing_ok=True)
-    return [Kept(key, sizes[key]) for key in sorted(heads, key=used.__getitem__)]
+    return [Kept(key, sizes[key], heads[key]) for key in sorted(heads, key=used.__getitem__)]
 
 
 class _DiskConfig(FSL2AdapterConfig):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cachestore.kv.format import Geometry
 from cachestore.kv.shelf import MemoryShelf, Shelf, Tiers
-from cachestore.kv.store import KvStore, Options, Transfer
+from cachestore.kv.store import Happening, KvStore, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Opened:
 
 
 def open_store(
-    geometry: Geometry, tiers: Tiers, options: Options, *, observe: Callable[[Transfer], None] | None = None
+    geometry: Geometry, tiers: Tiers, options: Options, *, observe: Callable[[Happening], None] | None = None
 ) -> Opened:
     """Open it. Without LMCache there is only memory, and the note says so.
 

@@ -75,6 +75,8 @@ class Kept:
 
     key: Key
     size: int
+    head: int
+    """Bytes of its head alone."""
 
 
 class Shelf(Protocol):

@@ -34,7 +34,19 @@ import torch
 from torch import Tensor
 
 from cachestore.kv.codecs import CODECS, Damaged, Unfit
-from cachestore.kv.format import Chunk, Foreign, Geometry, Head, Part, head_size, read_head, salt, write_head
+from cachestore.kv.format import (
+    Chunk,
+    Foreign,
+    Geometry,
+    Head,
+    Part,
+    head_size,
+    note_size,
+    read_head,
+    read_title,
+    salt,
+    write_head,
+)
 from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
 
@@ -113,6 +125,25 @@ class Transfer:
     """Seconds spent waiting for them …"""
     decoding: float
     """… and checking and decoding them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A chunk is there and can be found."""
+
+    key: Key
+    tokens: tuple[int, ...]
+    note: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A chunk is no longer there: evicted, lost, dropped or never written."""
+
+    key: Key
+
+
+Happening = Transfer | Kept | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +304,11 @@ class Load:
         """Whether every byte is here, so that no layer will be waited for."""
         return all(piece is None or piece.done() for piece in self.pieces)
 
+    def note(self, index: int) -> bytes:
+        """What was written down with a wanted chunk; nothing where it is not there."""
+        piece = self.pieces[index]
+        return b"" if piece is None else piece.head.note
+
     def layers(self) -> Iterator[list[Tensor | None]]:
         """One list a layer: for every wanted chunk, in the lookup's order, [2, tokens, kv_heads, head_dim] or None.
 
@@ -310,6 +346,7 @@ class _Order:
     slot: Slot
     kv: Tensor
     importance: Tensor | None
+    note: bytes
 
 
 class KvStore:
@@ -321,9 +358,9 @@ class KvStore:
         shelf: Shelf,
         options: Options,
         *,
-        observe: Callable[[Transfer], None] | None = None,
+        observe: Callable[[Happening], None] | None = None,
     ) -> None:
-        """`shelf` belongs to the store from now on. `observe` hears of every loaded chunk; it must not block."""
+        """`shelf` belongs to the store from now on. `observe` hears what happens, on any thread; it must not block."""
         self.geometry, self._shelf, self._options, self._observe = geometry, shelf, options, observe
         self._ledger = Ledger(options.capacity, options.quota)
         self._lock = threading.RLock()
@@ -340,8 +377,10 @@ class KvStore:
         self._hits: Counter[Tier] = Counter()
         self._read_bytes: Counter[Tier] = Counter()
         self._seconds: dict[Tier, float] = {}
-        for kept in shelf.kept():
+        for kept in (inherited := shelf.kept()):
             self._enter(kept.key, kept.size)
+        self._inherited = {kept.key: kept.head for kept in inherited if kept.key in self._ledger}
+        """What an earlier process left and `recall` has not told: by key, the bytes of its head."""
         self._decoder = ThreadPoolExecutor(1, "kv-decode")
         self._orders: Queue[_Order | Key | None] = Queue()
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
@@ -352,6 +391,11 @@ class KvStore:
     def lookup(self, chunks: Sequence[Chunk]) -> Lookup:
         """Begin to find out which of these are stored. Never blocks on I/O."""
         return Lookup(self, chunks, [self._ask(chunk) for chunk in chunks])
+
+    def may_have(self, chunk: Chunk) -> bool:
+        """Whether it is worth looking up. Asks nobody: what others may have put on a shared shelf may be there."""
+        with self._lock:
+            return self._shelf.shared or self._key(chunk) in self._ledger
 
     def prepare_load(self, lookup: Lookup, wanted: Collection[int] | None = None) -> Load:
         """Begin to load what was found: all of it, or the chunks with these indices. They stay until `complete_load`.
@@ -391,6 +435,15 @@ class KvStore:
             elif load.consumed:
                 self._loaded(piece)
 
+    def recall(self, most: int) -> int:
+        """Tell `observe` of up to `most` chunks that an earlier process left; how many it has not told of yet.
+
+        Reads their heads, and waits for them: call it when there is time. What is not what was written is removed.
+        """
+        for key in [key for key, _ in zip(list(self._inherited), range(most), strict=False)]:
+            self._recall(key, self._inherited.pop(key))
+        return len(self._inherited)
+
     # -- storing
 
     def prepare_store(self, chunk: Chunk, codec: str | None = None) -> Slot | Refusal:
@@ -409,19 +462,28 @@ class KvStore:
             self._reserved += size
         return slot
 
-    def complete_store(self, slot: Slot, kv: Tensor | None, *, importance: Tensor | None = None) -> None:
+    def complete_store(
+        self, slot: Slot, kv: Tensor | None, *, importance: Tensor | None = None, note: bytes = b""
+    ) -> None:
         """Hand over [layers, 2, tokens, kv_heads, head_dim], which nobody writes to any more; None: there is none.
 
-        Returns at once. `importance` float [tokens], for codecs that ask. Raises ValueError for another shape or dtype.
+        Returns at once. `importance` float [tokens], for codecs that ask. `note` is kept in the head and comes back
+        with every load, filled up with zeros to `note_size`. Raises ValueError for another shape or dtype, or a note
+        that is longer.
         """
         shape = (self.geometry.layers, 2, len(slot.chunk.tokens), self.geometry.kv_heads, self.geometry.head_dim)
         if kv is None:
             self._finish(slot)
-        elif kv.shape != shape or kv.dtype != self.geometry.dtype:
+        elif kv.shape != shape or kv.dtype != self.geometry.dtype or len(note) > note_size(len(slot.chunk.tokens)):
             self._finish(slot)
-            raise ValueError(f"{kv.dtype} {tuple(kv.shape)} is not {self.geometry.dtype} {shape}")
+            what = f"{kv.dtype} {tuple(kv.shape)} with a note of {len(note)} bytes"
+            raise ValueError(f"{what} is not {self.geometry.dtype} {shape} with {note_size(shape[2])} or less")
         else:
-            self._orders.put(_Order(slot, kv, importance))
+            self._orders.put(_Order(slot, kv, importance, note))
+
+    def discard(self, chunk: Chunk) -> None:
+        """It is not wanted any more. What is being loaded of it is loaded to the end."""
+        self._remove(self._key(chunk))
 
     def flush(self, timeout: float) -> bool:
         """Wait until all is written where it is to stay, and dropped where it is not; whether that was so in time."""
@@ -486,6 +548,31 @@ class KvStore:
             self._asked += 1
         return self._shelf.fetch(Blob(key, 0, head_size(self.geometry, len(chunk.tokens))))
 
+    def _recall(self, key: Key, size: int) -> None:
+        with self._lock:
+            if key not in self._ledger:
+                return
+            self._asked += 1
+        ticket = self._shelf.fetch(Blob(key, 0, size))
+        try:
+            if not ticket.done(self._options.patience):
+                return  # it stays, and whoever asks for it by name finds it
+            data = ticket.code()
+            title = None if data is None else read_title(self.geometry, data)
+        except (Damaged, Foreign):
+            title = None
+        finally:
+            self._answered(ticket)
+        if title is None or title.name != key[1]:
+            self._lose(Lost.DAMAGED)
+            self._remove(key)
+        else:
+            self._tell(Kept(key, title.tokens, title.note))
+
+    def _tell(self, happened: Happening) -> None:
+        if self._observe is not None:
+            self._observe(happened)
+
     def _answered(self, ticket: Ticket) -> None:
         """A head has come, or nobody waits for it any more."""
         ticket.release()
@@ -526,9 +613,8 @@ class KvStore:
             self._hits[piece.tier] += 1
             self._read_bytes[piece.tier] += size
             self._seconds[piece.tier] = self._seconds.get(piece.tier, 0.0) + piece.reading
-        if self._observe is not None:
-            plain = len(piece.chunk.tokens) * self.geometry.token_bytes
-            self._observe(Transfer(piece.tier, piece.head.codec, size, plain, piece.reading, piece.decoding))
+        plain = len(piece.chunk.tokens) * self.geometry.token_bytes
+        self._tell(Transfer(piece.tier, piece.head.codec, size, plain, piece.reading, piece.decoding))
 
     def _lose(self, reason: Lost) -> None:
         with self._lock:
@@ -539,6 +625,7 @@ class KvStore:
         with self._lock:
             self._ledger.forget(key)
         self._orders.put(key)
+        self._tell(Gone(key))
 
     def _refusal(self, key: Key, size: int) -> Refusal | None:
         if self._closed:
@@ -589,8 +676,11 @@ class KvStore:
     def _keep(self, order: _Order) -> bool:
         slot = order.slot
         codec, codes = self._encoded(order)
-        blobs = [write_head(self.geometry, slot.chunk, codec, codes), *codes]
-        return self._enter(slot.key, sum(map(len, blobs))) and self._put(slot.key, blobs)
+        blobs = [write_head(self.geometry, slot.chunk, codec, codes, order.note), *codes]
+        if not self._enter(slot.key, sum(map(len, blobs))) or not self._put(slot.key, blobs):
+            return False
+        self._tell(Kept(slot.key, slot.chunk.tokens, order.note))
+        return True
 
     def _put(self, key: Key, blobs: list[Tensor]) -> bool:
         if self._shelf.put(key, blobs):
@@ -621,6 +711,7 @@ class KvStore:
     def _evict(self, victims: list[Key]) -> None:
         for victim in victims:
             self._drop(victim)
+            self._tell(Gone(victim))
         with self._lock:
             self._counts["evicted"] += len(victims)
 
@@ -637,4 +728,5 @@ class KvStore:
                 victims = self._ledger.give_up(size)
                 self._counts["unwritten"] += 1
             self._drop(key)
+            self._tell(Gone(key))
             self._evict(victims)

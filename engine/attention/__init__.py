@@ -20,7 +20,7 @@ class Packed:
 
     Sequence b owns rows `starts[b]:starts[b + 1]`; they are its tokens `lengths[b] - count : lengths[b]`, in order.
     Where `firsts` is given they may be any of its tokens, in order, the last one of all among them: what lies between
-    is in the pool already. Only `sdpa` computes such steps.
+    is in the pool already.
     The host lists say the same as the tensors, so that planning never waits for the device.
     """
 

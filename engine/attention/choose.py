@@ -126,13 +126,21 @@ def _make(name: Attention, config: ModelConfig, dtype: torch.dtype, device: torc
         case "sdpa" | "auto":
             return SdpaBackend()
         case "varlen":
-            return varlen.find(dtype=dtype, device=device)
+            return varlen.find(_for_gaps(config, dtype, device), dtype=dtype, device=device)
         case "triton":
             return _triton()(
                 heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
             )
         case _ as never:
             assert_never(never)
+
+
+def _for_gaps(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """What computes the steps that varlen cannot."""
+    try:
+        return _make("triton", config, dtype, device)
+    except Unavailable:
+        return SdpaBackend()
 
 
 def _triton() -> Callable[..., AttentionBackend]:

@@ -1,7 +1,8 @@
 """Attention through Hitpath's own Triton kernels: paged, packed, GQA heads together, long contexts split.
 
 Sequences with one new token go to the decoding kernel, which splits their keys over the processors (flash decoding);
-all others go tile by tile to the kernel for prompts. Planning reads host lists only, and copies to the device only
+all others go tile by tile to the kernel for prompts, which goes by each token's position, so that tokens between may be
+left out. Planning reads host lists only, and copies to the device only
 where a step is mixed: a step of decodes alone can be captured in a CUDA graph.
 """
 

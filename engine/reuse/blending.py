@@ -20,9 +20,14 @@ from engine.reuse.chunks import BlendPrompt
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """What a selector sees at a check layer, of the M tokens that are computed there."""
+    """What a selector sees at a check layer, of the M tokens that are computed there.
+
+    Of a prompt that is computed piece by piece these are the tokens of one piece, and N ends with it.
+    """
 
     prompt: BlendPrompt
+    count: int
+    """Reused tokens, of which ratios are a share: of the prompt, or of its piece."""
     positions: Tensor
     """int64 [M]."""
     queries: Tensor
@@ -34,7 +39,7 @@ class Look:
     """[M, K, D], as are the values: as the chunks brought them, turned."""
     held_values: Tensor
     all_keys: Tensor
-    """[N, K, D]: of the whole prompt, in this layer, as they are now."""
+    """[N, K, D]: of the prompt so far, in this layer, as they are now."""
 
     def attention(self, rows: Tensor) -> Tensor:
         """float32 [H, R, N]: what the tokens that `rows`, bool [M], names attend to."""
@@ -48,7 +53,15 @@ class Look:
     @property
     def reused(self) -> Tensor:
         """bool [M]: tokens that may be dropped."""
-        return self.prompt.reused.to(self.positions.device)[self.positions]
+        reused, positions = self.prompt.reused.to(self.positions.device), self.positions
+        # A prompt computed once more may have drawn tokens behind it.
+        return (positions < len(reused)) & reused[positions.clamp(max=len(reused) - 1)]
+
+    @property
+    def asking(self) -> Tensor:
+        """bool [M]: those whose attention says what matters: what is not reused, or all where a piece has no such."""
+        own = ~self.reused
+        return own if bool(own.any()) else ~own
 
 
 class Selector(Protocol):
@@ -96,12 +109,27 @@ class Blend:
     def narrow(self, layer: int, turned: Turned) -> tuple[Tensor, Packed] | None:
         """See `Narrowing`."""
         packed = turned.packed
-        keys = turned.memory.keys[packed.tables[0].long()].flatten(0, 1)[: packed.totals[0]]
-        look = Look(self._prompt, packed.positions, turned.queries, turned.keys, turned.values, *turned.held, keys)
+        look = look_at(self._prompt, int(self._prompt.reused.sum()), turned, 0, slice(None))
         kept = self._selector.narrow(layer, look) | self._needed.to(packed.positions.device)[packed.positions]
         rows = kept.nonzero()[:, 0]
         self.positions[-1] = packed.positions[rows]
         return rows, packed.narrowed(rows, (len(rows),), (int(packed.positions[rows[0]]),))
+
+
+def look_at(prompt: BlendPrompt, count: int, turned: Turned, index: int, rows: slice) -> Look:
+    """What there is to see of sequence `index` of a step, which has these rows; `count` see `Look`."""
+    packed, keys = turned.packed, turned.memory.keys
+    return Look(
+        prompt,
+        count,
+        packed.positions[rows],
+        turned.queries[rows],
+        turned.keys[rows],
+        turned.values[rows],
+        turned.held[0][rows],
+        turned.held[1][rows],
+        keys[packed.tables[index].long()].flatten(0, 1)[: packed.totals[index]],
+    )
 
 
 def best(scores: Tensor, allowed: Tensor, count: int) -> Tensor:

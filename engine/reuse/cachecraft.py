@@ -116,8 +116,8 @@ class CacheCraft:
 
     def narrow(self, layer: int, look: Look) -> Tensor:
         """See `Selector`."""
-        attention = look.attention(~look.reused).sum((0, 1))
-        kept = torch.ones(len(look.prompt.tokens), dtype=torch.bool, device=attention.device)
+        attention = look.attention(look.asking).sum((0, 1))
+        kept = torch.ones(len(attention), dtype=torch.bool, device=attention.device)
         fair = attention.sum() / len(kept) * self.focus
         for piece in look.prompt.placed:
             if attention[piece.start : piece.stop].mean() < fair:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.attention import KvPool
+from engine.attention import KvPool, LayerPool
 from engine.reuse.chunks import BlendPrompt, Placed
 from engine.rope import Rope, rotate
 
@@ -46,12 +46,18 @@ def place(pool: KvPool, prompt: BlendPrompt, slots: Tensor, rope: Rope, *, turne
     `turned=False` leaves keys as for the chunk's own positions, which is wrong, and there to measure how wrong.
     """
     for piece in prompt.placed:
-        spans = (piece.chunk.span or len(piece.chunk.tokens), len(prompt.tokens))
-        by = turn(rope, piece.count, piece.offset, piece.start, spans, slots.device) if turned else None
-        _write(pool, piece, slots[piece.start : piece.stop], by)
+        by = turn_of(rope, piece, len(prompt.tokens), slots.device) if turned else None
+        for memory, layer in zip(pool.layers, piece.chunk.layers, strict=True):
+            write(memory, piece, layer, slots[piece.start : piece.stop], by)
 
 
-def _write(pool: KvPool, piece: Placed, slots: Tensor, by: Turn | None) -> None:
-    part = slice(piece.offset, piece.offset + piece.count)
-    for memory, layer in zip(pool.layers, piece.chunk.layers, strict=True):
-        memory.write(slots, moved(layer[0, part], by), layer[1, part])
+def turn_of(rope: Rope, piece: Placed, span: int, device: torch.device) -> Turn | None:
+    """What moves a chunk's keys to where it is placed, in a prompt of `span` tokens."""
+    spans = (piece.chunk.span or len(piece.chunk.tokens), span)
+    return turn(rope, piece.count, piece.offset, piece.start, spans, device)
+
+
+def write(memory: LayerPool, piece: Placed, layer: Tensor, slots: Tensor, by: Turn | None) -> None:
+    """Put what is placed of a chunk, whose [2, T, K, D] `layer` is, at slots int64 [count]."""
+    part = layer[:, piece.offset : piece.offset + piece.count].to(slots.device, non_blocking=True)
+    memory.write(slots, moved(part[0], by), part[1])

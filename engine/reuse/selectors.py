@@ -98,8 +98,7 @@ class CacheBlend:
 
     def narrow(self, layer: int, look: Look) -> Tensor:
         """See `Selector`."""
-        count = share(dict(self.stages)[layer], int(look.prompt.reused.sum()))
-        return best(deviation(look, self.score), look.reused, count)
+        return best(deviation(look, self.score), look.reused, share(dict(self.stages)[layer], look.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class KvShare:
     """Deviations weighted by the attention that the prompt's own tokens pay them (after KVShare, arXiv 2503.16525).
 
     Its formula is not public: this is the change of the attention output to first order, Σ a·(|ΔV| + |V|·|q·ΔK|/√D),
-    over the queries of tokens that are not reused, at the check layer.
+    over the queries of tokens that are not reused (all, in a piece of a prompt without any), at the check layer.
     """
 
     ratio: float
@@ -124,7 +123,7 @@ class KvShare:
 
     def narrow(self, layer: int, look: Look) -> Tensor:
         """See `Selector`."""
-        return best(influence(look), look.reused, share(self.ratio, int(look.prompt.reused.sum())))
+        return best(influence(look), look.reused, share(self.ratio, look.count))
 
 
 def deviation(look: Look, score: Deviation) -> Tensor:
@@ -137,8 +136,8 @@ def deviation(look: Look, score: Deviation) -> Tensor:
 
 
 def influence(look: Look) -> Tensor:
-    """float32 [M]: how much the attention output of the tokens that are not reused hangs on each token's deviation."""
-    asking = ~look.reused
+    """float32 [M]: how much the attention output of the tokens that ask hangs on each token's deviation."""
+    asking = look.asking
     group = look.queries.shape[1] // look.keys.shape[1]
     queries = look.queries[asking].float()
     values, turns, moves = (

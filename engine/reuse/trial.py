@@ -5,7 +5,7 @@ What the engine serves goes through the executor; this has a pool of its own, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class Trial:
         rows = torch.arange(len(tokens), device=self._slots.device)
         return self._run(tokens, rows, last, narrowing)
 
+    def pieces(self, tokens: Sequence[int], size: int) -> Iterator[Tensor]:
+        """As `compute`, so many tokens at a time; the last tensor, logits [1, V], is what the last token says."""
+        for start in range(0, len(tokens), size):
+            stop = min(start + size, len(tokens))
+            rows = torch.arange(start, stop, device=self._slots.device)
+            yield self._run(tokens[:stop], rows, 1, None, span=len(tokens))
+
     def chunk(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> ChunkKv:
         """The keys and values of these tokens, computed behind `after`."""
         whole = [*after, *tokens]
@@ -65,7 +72,10 @@ class Trial:
         place(self._pool, prompt, self._slots[: len(prompt.tokens)], self._checkpoint.model.rope, turned=turned)
         return self._run(prompt.tokens, blend.rows, last, blend)
 
-    def _run(self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None) -> Tensor:
+    def _run(
+        self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None, span: int | None = None
+    ) -> Tensor:
+        """`span`: length of the whole text, where these are its first tokens."""
         model, total, count = self._checkpoint.model, len(tokens), len(rows)
         ids = torch.tensor(tokens, device=rows.device)
         packed = Packed(
@@ -78,7 +88,7 @@ class Trial:
             counts=(count,),
             totals=(total,),
             drawing=torch.arange(count - last, count, device=rows.device),
-            spans=torch.full_like(rows, total) if model.rope.stretches else None,
+            spans=torch.full_like(rows, span or total) if model.rope.stretches else None,
             firsts=(int(rows[0]),),
         )
         with torch.inference_mode():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cachestore.kv.codecs import CODECS
-from cachestore.kv.format import Chunk, Geometry
+from cachestore.kv.format import Chunk, Geometry, note_size
 from cachestore.kv.shelf import Shelf
-from cachestore.kv.store import KvStore, Lost, Options, Refusal, Slot, Transfer
+from cachestore.kv.store import Gone, Happening, Kept, KvStore, Lost, Options, Refusal, Slot, Transfer
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, refused, stored
 
 LARGE = 64 << 20
@@ -195,17 +195,64 @@ class KvContract:
         assert store.stats().hits == {}
 
     def test_transfers_are_observed(self, tmp_path: Path) -> None:
-        seen: list[Transfer] = []
+        seen: list[Happening] = []
         store = self.open(tmp_path, observe=seen.append)
         wanted = chunk(44, LONG)
         stored(store, wanted, codec="int8")
         assert loaded(store, wanted) != [None]
-        [transfer] = seen
+        [kept, transfer] = seen
+        assert kept == Kept(store._key(wanted), wanted.tokens, b"")
+        assert isinstance(transfer, Transfer)
         assert transfer.codec == "int8"
         assert transfer.plain == LONG * GEOMETRY.token_bytes
         assert transfer.size < transfer.plain / 3
         assert transfer.decoding > 0
         store.close()
+
+    def test_a_note_comes_back_with_its_chunk(self, store: KvStore) -> None:
+        wanted = chunk(47)
+        room = note_size(len(wanted.tokens))
+        slot = store.prepare_store(wanted)
+        assert isinstance(slot, Slot)
+        with pytest.raises(ValueError, match=f"with {room} or less"):
+            store.complete_store(slot, kv_of(wanted), note=b"x" * (room + 1))
+        slot = store.prepare_store(wanted)
+        assert isinstance(slot, Slot)
+        store.complete_store(slot, kv_of(wanted), note=b"written down")
+        assert store.flush(20.0)
+        load = loading(store, wanted, chunk(48))
+        assert [load.note(index) for index in (0, 1)] == [b"written down".ljust(room, b"\0"), b""]
+        store.complete_load(load)
+
+    def test_what_comes_and_goes_is_told(self, tmp_path: Path) -> None:
+        seen: list[Happening] = []
+        one, other = chunk(49), chunk(50)
+        size = len(one.tokens) * GEOMETRY.token_bytes + 2048
+        store = self.open(tmp_path, observe=seen.append, capacity=size)
+        stored(store, one, other)
+        store.discard(other)
+        assert store.flush(20.0)
+        keys = [store._key(wanted) for wanted in (one, other)]
+        assert [(type(event), event.key) for event in seen if not isinstance(event, Transfer)] == [
+            (Kept, keys[0]),
+            (Gone, keys[0]),
+            (Kept, keys[1]),
+            (Gone, keys[1]),
+        ]
+        assert loaded(store, one, other) == [None, None]
+        assert store.stats().chunks == 0
+        store.close()
+
+    def test_what_is_discarded_while_it_is_loaded_is_loaded_to_the_end(self, store: KvStore) -> None:
+        wanted = chunk(51, LONG)
+        stored(store, wanted)
+        load = loading(store, wanted)
+        store.discard(wanted)
+        [kv] = load.whole()
+        store.complete_load(load)
+        assert kv is None or torch.equal(kv, kv_of(wanted))
+        stored(store, wanted)
+        assert loaded(store, wanted) != [None]
 
     def test_a_closed_store_refuses(self, tmp_path: Path) -> None:
         store = self.open(tmp_path)

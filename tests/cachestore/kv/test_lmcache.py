@@ -19,7 +19,7 @@ import torch
 from cachestore.errors import StoreLocked
 from cachestore.kv.format import Geometry
 from cachestore.kv.shelf import Shelf, Tier, Tiers
-from cachestore.kv.store import KvStore, Lost, Options
+from cachestore.kv.store import Gone, Happening, Kept, KvStore, Lost, Options
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, stored
 from tests.contracts.kv import LARGE, KvContract
 
@@ -121,6 +121,26 @@ def test_it_survives_a_restart(tmp_path: Path) -> None:
         assert kv is not None
         assert torch.equal(kv, kv_of(wanted))
     assert second.stats().hits == {Tier.DISK: 2}
+    assert second.check() == []
+    second.close()
+
+
+def test_what_an_earlier_process_left_is_recalled_and_what_is_damaged_removed(tmp_path: Path) -> None:
+    first = opened(Tiers(MEMORY, tmp_path))
+    chunks = [chunk(2, 24, tenant="a"), chunk(3, LONG, variant="v"), chunk(4)]
+    stored(first, *chunks)
+    first.close()
+    [head] = [path for path in files(tmp_path) if path.name.split("@")[2:4] == ["0", chunks[2].name(GEOMETRY).hex()]]
+    _harm(head, "flip")
+    seen: list[Happening] = []
+    shelf = LmcacheShelf(GEOMETRY.identity, Tiers(MEMORY, tmp_path))
+    second = KvStore(GEOMETRY, shelf, Options(LARGE), observe=seen.append)
+    assert [second.recall(2), second.recall(2), second.recall(2)] == [1, 0, 0]
+    kept = {event.key: event.tokens for event in seen if isinstance(event, Kept)}
+    assert kept == {second._key(wanted): wanted.tokens for wanted in chunks[:2]}
+    assert [event.key for event in seen if isinstance(event, Gone)] == [second._key(chunks[2])]
+    assert second.stats().lost == {Lost.DAMAGED: 1}
+    assert second.flush(20.0)
     assert second.check() == []
     second.close()
 

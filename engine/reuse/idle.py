@@ -1,0 +1,165 @@
+"""What is done when there is nothing else to do: chunks are computed better, and reuse is compared with doing without.
+
+Every job is a generator that yields after each piece of computing, so that a request that comes waits for one piece at
+most. Jobs run on the worker's thread, each in memory of its own that is given back when it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.reuse.chunks import ChunkKv
+from engine.reuse.known import Text
+from engine.reuse.point import Stored
+from engine.reuse.sensitivity import averaged, measured
+from engine.reuse.steps import Blended
+from engine.reuse.trial import Trial
+
+PIECE = 256
+"""Tokens computed at once: what a request may have to wait for."""
+
+ELSEWHERE = 2
+"""Texts that a chunk is computed behind to see how much it changes."""
+
+_MOST_REFINEMENTS, _MOST_CHECKS = 1024, 16
+"""Jobs that may wait; beyond, the oldest are forgotten."""
+
+_log = logging.getLogger("hitpath.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """A text whose chunk is worth computing again."""
+
+    text: Text
+    tokens: tuple[int, ...]
+    tenant: str
+    head: tuple[int, ...]
+    """What its template begins with, up to the first chunk of a prompt."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Check:
+    """A prompt whose first token is to be compared."""
+
+    blended: Blended
+    served: Tensor
+    """Scores [V] that its answer was begun with."""
+    was_blended: bool
+    """Whether they come from a blended prefill; else from a full one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a check found."""
+
+    kl: float
+    """Nats: KL(full ‖ blended)."""
+    agrees: bool
+
+
+class IdleJobs:
+    """The queue. `put` on any thread that the runner's lock protects from the worker, `step` on the worker."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stored: Stored,
+        *,
+        others: Callable[[Text, int], Sequence[tuple[int, ...]]],
+        refined: Callable[[Refinement, ChunkKv], None],
+        compared: Callable[[Compared], None],
+    ) -> None:
+        """`others`: texts to compute a chunk behind. The last two take the results."""
+        self._checkpoint, self._stored, self._others = checkpoint, stored, others
+        self._refined, self._compared = refined, compared
+        self._refinements: OrderedDict[Text, Refinement] = OrderedDict()
+        self._checks: deque[Check] = deque(maxlen=_MOST_CHECKS)
+        self._job: Iterator[None] | None = None
+
+    def __len__(self) -> int:
+        """Jobs that wait or are under way."""
+        return len(self._refinements) + len(self._checks) + (self._job is not None)
+
+    def refine(self, refinement: Refinement) -> None:
+        """To be done; not twice at the same time."""
+        self._refinements.setdefault(refinement.text, refinement)
+        if len(self._refinements) > _MOST_REFINEMENTS:
+            self._refinements.popitem(last=False)
+
+    def check(self, check: Check) -> None:
+        """To be done."""
+        self._checks.append(check)
+
+    def step(self) -> bool:
+        """Do one piece; whether there was any."""
+        self._job = self._job or self._next()
+        if self._job is None:
+            return False
+        try:
+            next(self._job)
+        except StopIteration:
+            self._job = None
+        except Exception:  # it was of use to nobody yet
+            self._job = None
+            _log.warning("background work on stored chunks failed", exc_info=True)
+        return True
+
+    def _next(self) -> Iterator[None] | None:
+        if self._checks:
+            return self._checking(self._checks.popleft())
+        if self._refinements:
+            return self._refining(self._refinements.popitem(last=False)[1])
+        return None
+
+    def _refining(self, job: Refinement) -> Iterator[None]:
+        others = self._others(job.text, ELSEWHERE) or [_backwards(job.tokens)]
+        before: list[tuple[int, ...]] = [(*job.head, *other[: 2 * PIECE]) for other in others]
+        match self._stored:
+            case "mean" | "head" | "seen":
+                before.insert(0, job.head)
+            case "alone":
+                before.insert(0, ())
+            case _ as never:
+                assert_never(never)
+        versions: list[ChunkKv] = []
+        for after in before:
+            whole = [*after, *job.tokens]
+            trial = Trial(self._checkpoint, len(whole))
+            for _ in trial.pieces(whole, PIECE):
+                yield
+            versions.append(trial.taken(whole, len(after), len(whole)))
+        self._refined(job, averaged(versions) if self._stored == "mean" else measured(versions[0], versions[1:]))
+
+    def _checking(self, job: Check) -> Iterator[None]:
+        prompt = job.blended.prompt
+        trial = Trial(self._checkpoint, len(prompt.tokens))
+        if job.was_blended:
+            other = job.served
+            for other in trial.pieces(prompt.tokens, PIECE):
+                yield
+            full, blended = other, job.served
+        else:
+            full, blended = job.served, trial.blend(prompt, job.blended.selector, 1)
+            yield
+        self._compared(compared(full, blended))
+
+
+def compared(full: Tensor, blended: Tensor) -> Compared:
+    """Divergence of two rows of scores, [V] or [1, V]."""
+    one, other = (torch.log_softmax(scores.float().flatten(), 0) for scores in (full, blended))
+    kl = float((one.exp() * (one - other)).nan_to_num().sum())
+    return Compared(max(0.0, kl), bool(one.argmax() == other.argmax()))
+
+
+def _backwards(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Something else to stand behind, where nothing else is known."""
+    return tokens[::-1]
