@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def row(name: str, ratio: float, quality: float, **changes: object) -> Row:
 ROWS = [
     row("none", 0.0, 1.0),
     row("none", 0.0, 4.0, turned=False),
-    row("epic", 0.15, 3.0, turned=False, quality={"quote": Relative(3.0, 2.9, 3.1)}),
+    replace(row("epic", 0.15, 3.0, turned=False), quality={"quote": Relative(3.0, 2.9, 3.1)}),
     row("full", 1.0, 1e-9),
     row("random", 0.15, 0.9),
     row("epic", 0.05, 0.3),
