@@ -56,7 +56,7 @@ class Fetch:
         device: torch.device,
         patience: float,
     ) -> None:
-        """Begins; does not wait. `patience`: seconds for what is known of the chunks; the store's own is for the rest."""
+        """Begins; does not wait. `patience`: seconds for what is known of the chunks; the store's own holds after."""
         self.orders = tuple(orders)
         self._store, self._plan, self._changed, self._device, self._patience = store, plan, changed, device, patience
         self._arrived = threading.Condition()

@@ -50,11 +50,11 @@ class Refinement:
 class Check:
     """A prompt whose first token is to be compared."""
 
-    blended: Blended
+    tokens: Sequence[int]
     served: Tensor
     """Scores [V] that its answer was begun with."""
-    was_blended: bool
-    """Whether they come from a blended prefill; else from a full one."""
+    unused: Blended | None = None
+    """What was not placed, where the answer was computed in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +140,17 @@ class IdleJobs:
         self._refined(job, averaged(versions) if self._stored == "mean" else measured(versions[0], versions[1:]))
 
     def _checking(self, job: Check) -> Iterator[None]:
-        prompt = job.blended.prompt
-        trial = Trial(self._checkpoint, len(prompt.tokens))
-        if job.was_blended:
-            other = job.served
-            for other in trial.pieces(prompt.tokens, PIECE):
-                yield
-            full, blended = other, job.served
-        else:
-            full, blended = job.served, trial.blend(prompt, job.blended.selector, 1)
+        trial = Trial(self._checkpoint, len(job.tokens))
+        if job.unused is not None:
+            blended = trial.blend(job.unused.prompt, job.unused.selector, 1)
             yield
-        self._compared(compared(full, blended))
+            self._compared(compared(job.served, blended))
+            return
+        full = job.served
+        for piece in trial.pieces(job.tokens, PIECE):
+            full = piece
+            yield
+        self._compared(compared(full, job.served))
 
 
 def compared(full: Tensor, blended: Tensor) -> Compared:
