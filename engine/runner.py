@@ -22,8 +22,8 @@ from engine.errors import ShuttingDown
 from engine.executor import Executor, Outcome
 from engine.sampling import Choice, Drawing, Guide, SamplingParams, describe, draw
 from engine.scheduler import Chunk, Scheduler, Step
-from engine.sequence import Sequence as Row
 from engine.sequence import NO_CHUNKS, State, Used
+from engine.sequence import Sequence as Row
 from engine.stops import StopMatcher
 
 _SCORED_AT_ONCE = 64

@@ -21,6 +21,10 @@ Positions = NDArray[np.int64]
 """Places in a sequence, ascending."""
 
 
+TIERS = ("none", "pool", "memory", "disk", "redis")
+"""Where chunks come from, as clients are told it: no chunks, then from fast to slow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Used:
     """What chunks did for one prompt."""
@@ -30,7 +34,7 @@ class Used:
     """Tokens of them that were not computed …"""
     recomputed: int = 0
     """… and that were."""
-    tier: str = "none"
+    tier: str = TIERS[0]
     """The slowest one that they came from."""
 
 

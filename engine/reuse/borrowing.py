@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cachestore.kv import Tier
 from engine.attention import KvPool
 from engine.reuse.blending import Selector
 from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
 from engine.reuse.fetching import Fetch
+from engine.reuse.figures import SHOWN
 from engine.reuse.hot import Held
 from engine.reuse.idle import Check
 from engine.reuse.known import Match
 from engine.reuse.steps import Blended
+from engine.sequence import TIERS, Used
 from engine.sequence import Sequence as Row
-from engine.sequence import Used
 
 if TYPE_CHECKING:
     from engine.reuse.library import Library
     from engine.runner import Job
-
-
-_FASTEST_FIRST = ["none", "pool", *map(str, Tier)]
-_SHOWN = {str(Tier.REMOTE): "redis"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +125,7 @@ class Borrowing:
     def _account(self, blended: Blended, sequence: Row) -> None:
         kept = 0 if sequence.kept is None else len(sequence.kept)
         recomputed = int(blended.prompt.reused.sum()) - kept
-        tier = slowest([part.tier for part in self._parts])
+        tier = max((part.tier for part in self._parts), key=TIERS.index)
         self._used = Used(len(self._parts), kept, recomputed, tier)
         self._library.count(self._used, [part.placed.chunk for part in self._parts if part.tier == "pool"])
 
@@ -156,7 +152,7 @@ class Borrowing:
             return (None if held is None else held.chunk), None, "pool"
         if not fetch.planned or (noted := fetch.note(order)) is None:
             return None, None, "none"
-        tier = str(fetch.tiers[order])
+        tier = SHOWN[fetch.tiers[order]]
         if fetch.over:
             return self._library.fetched(fetch, order), None, tier
         return noted.chunk(want.match.tokens), order, tier
@@ -170,12 +166,6 @@ class Borrowing:
 
     def _selector(self, ratio: float | None) -> Selector:
         return self._library.point.made(ratio)
-
-
-def slowest(tiers: Sequence[str]) -> str:
-    """The slowest of these tiers as clients are told it; `none` of none."""
-    name = max(tiers, key=_FASTEST_FIRST.index, default="none")
-    return _SHOWN.get(name, name)
 
 
 def _kept_within(sequence: Row, start: int, stop: int) -> bool:

@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Stats, Transfer, salt
+from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
 from cachestore.kv.controller import Controller, Plan, Source, Wanted
 from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
 from engine.reuse.borrowing import Borrowing, Want
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.fetching import Fetch, Order
-from engine.reuse.gate import Gate, GateFigures
+from engine.reuse.figures import Figures
+from engine.reuse.gate import Gate
 from engine.reuse.hot import Held, Hot, size_of
 from engine.reuse.idle import Check, Compared, IdleJobs, Refinement
-from engine.reuse.known import Known, Match, Text, text_of
+from engine.reuse.known import ChunkEvent, ChunkRemoved, ChunkStored, Known, Match, Text, text_of
 from engine.reuse.placing import take
 from engine.reuse.point import OperatingPoint
 from engine.reuse.writing import REFINED, SEEN, note_of, read_note, stacked
@@ -47,50 +49,6 @@ _RECALLED = 16
 """Heads read at a time when an earlier process's chunks are looked through."""
 
 _log = logging.getLogger("hitpath.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkKept:
-    """A text's keys and values are stored from now on."""
-
-    name: bytes
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkGone:
-    """They are not any more."""
-
-    name: bytes
-
-
-ChunkEvent = ChunkKept | ChunkGone
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """For `/metrics`; counts only ever rise."""
-
-    store: Stats
-    gate: GateFigures
-    hot_chunks: int
-    hot_bytes: int
-    hot_hits: int
-    hot_read: int
-    """Bytes of those."""
-    prompts: int
-    """With chunks placed."""
-    placed: int
-    """Chunks of those."""
-    kept: int
-    """Tokens of those that were not computed …"""
-    recomputed: int
-    """… and that were."""
-    refined: int
-    known: int
-    waiting: int
-    """Background jobs."""
-    check_failures: int
 
 
 @dataclass(slots=True)
@@ -341,7 +299,7 @@ class Library:
         first = not self.known.holders(text) & {SEEN, REFINED}
         self.known.add(text, event.tokens, holder)
         if first and self._emit is not None:
-            self._emit(ChunkKept(text.digest, event.tokens))
+            self._emit(ChunkStored(_told(text), event.tokens))
         if worse is not None:
             self.store.discard(worse)
 
@@ -353,7 +311,7 @@ class Library:
         text, holder = entry
         self.known.remove(text, holder)
         if not self.known.holders(text) & {SEEN, REFINED} and self._emit is not None:
-            self._emit(ChunkGone(text.digest))
+            self._emit(ChunkRemoved(_told(text)))
 
     def _recall(self) -> None:
         """Get to know what an earlier process left, beside everything else."""
@@ -391,6 +349,11 @@ class Library:
 def _versions(tokens: tuple[int, ...], tenant: str) -> tuple[Chunk, Chunk]:
     """What a text is stored as, the best first."""
     return Chunk(tokens, tenant, REFINED), Chunk(tokens, tenant, SEEN)
+
+
+def _told(text: Text) -> bytes:
+    """A text's name for those who are not to know which owners have the same one."""
+    return blake2b(text.owner.encode() + text.digest, digest_size=16).digest()
 
 
 def _one_thread() -> None:

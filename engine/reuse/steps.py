@@ -8,6 +8,7 @@ taken over for it: nothing of what it wrote is ever read, and it is computed lik
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
