@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,7 +99,7 @@ class Served:
         max_running: int = 8,
         token_budget: int = 512,
         repairs: int = 0,
-        backend: Callable[[], AttentionBackend] = SdpaBackend,
+        backend: AttentionBackend | None = None,
     ) -> None:
         self.books = BlockManager(blocks, BLOCK_SIZE, root=b"tiny")
         self.scheduler = Scheduler(
@@ -110,7 +110,7 @@ class Served:
             patience=1e6,
             repairs=repairs,
         )
-        self.executor = Executor(checkpoint, backend(), blocks=blocks, context=128)
+        self.executor = Executor(checkpoint, backend or SdpaBackend(), blocks=blocks, context=128)
         self.scores: dict[Row, list[Tensor]] = {}
         self.lost: list[Row] = []
         self.now = 0.0
@@ -134,7 +134,7 @@ class Served:
         chunks = tuple(chunk for chunk in step.chunks if chunk.sequence not in outcome.lost)
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         for row, scores in zip(drawing, outcome.scores, strict=True):
-            self.scores[row].append(scores)
+            self.scores[row].append(scores.clone())  # graphs overwrite theirs
         # Any token will do, and the same one whatever was computed.
         drawn = {row: (7 * len(row.tokens) + row.prompt[0]) % 256 for row in drawing}
         self.scheduler.complete(Step(chunks, (), ()), drawn)

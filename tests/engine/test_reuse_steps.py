@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.attention import AttentionBackend
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reuse.blending import Blend, Selector
 from engine.reuse.cachecraft import CacheCraft
@@ -21,6 +26,11 @@ from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 from tests.engine.blending import Chunks, Served, as_it_stands, from_elsewhere, row, some
 from tests.engine.checkpoints import write
+from tests.engine.test_attention import documented_varlen
+from tests.engine.test_graphs import recompute
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SELECTORS: tuple[Selector, ...] = (
     Nothing(),
@@ -76,10 +86,10 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]] | None]:
     return tokens, draw(st.none() | spans(length))
 
 
-mixes = st.lists(st.tuples(prompts(), st.integers(1, 5)), min_size=1, max_size=5)
+mixes = st.lists(st.tuples(prompts(), st.integers(1, 3) | st.just(20)), min_size=1, max_size=5)
 engines = st.fixed_dictionaries(
     {
-        "blocks": st.integers(5, 16),
+        "blocks": st.integers(6, 16),
         "max_running": st.integers(1, 4),
         "token_budget": st.integers(4, 40) | st.just(512),
         "repairs": st.sampled_from([0, 0, 2]),
@@ -136,6 +146,20 @@ def test_lost_chunks_are_computed(plain: Checkpoint, mix: Any, engine: dict[str,
         rows.append(row(tokens, answer, chunks))
     serving = served(plain, rows, engine)
     assert all(one.reuse is not None and one.kept is None for one in serving.lost)
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: type(selector).__name__)
+def test_what_a_preempted_one_had_is_placed_again(variant: Checkpoint, selector: Selector) -> None:
+    serving = Served(variant, blocks=7, repairs=1)
+    prompts = [some(44, seed) for seed in range(2)]
+    chunks = [Chunks(as_it_stands(variant, tokens, [(3, 20), (22, 42)]), selector) for tokens in prompts]
+    rows = [row(tokens, 30, its) for tokens, its in zip(prompts, chunks, strict=True)]
+    serving.add(*rows)
+    serving.run()
+    assert rows[1].preemptions > 0
+    assert chunks[1].calls.count("admitted") == chunks[1].calls.count("layer 0") == rows[1].preemptions + 1
+    for one in rows:
+        serving.agrees(variant, one)
 
 
 def test_angles_that_depend_on_the_length(tmp_path: Path) -> None:
@@ -270,6 +294,46 @@ def test_each_layer_is_placed_once_and_all_is_told(plain: Checkpoint) -> None:
     serving.add(row(tokens, 3, chunks))
     serving.run()
     assert chunks.calls == ["admitted", "layer 0", "layer 1", "layer 2", "released"]
+
+
+def documented(dtype: torch.dtype) -> AttentionBackend:
+    return VarlenBackend(documented_varlen, SdpaBackend())
+
+
+def interpreted(dtype: torch.dtype) -> AttentionBackend:
+    module = pytest.importorskip("engine.attention.triton", reason="triton is not installed", exc_type=ImportError)
+    backend = module.TritonBackend(heads=4, kv_heads=2, head_dim=16, dtype=dtype, device="cpu")
+    return cast(AttentionBackend, backend)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are not interpreted")
+@pytest.mark.parametrize("make", [documented, interpreted])
+def test_with_the_backends_for_gpus(variant: Checkpoint, make: Callable[[torch.dtype], AttentionBackend]) -> None:
+    serving = Served(variant, token_budget=24, backend=make(torch.float32))
+    serving.add(decoding := row(some(5, 9), 8))
+    serving.step()
+    tokens = [some(50, 1), some(40, 2), some(30, 3)]
+    spans = [(3, 20), (22, 38)]
+    rows = [
+        row(tokens[0], 3, Chunks(as_it_stands(variant, tokens[0], spans), Epic(0.3))),
+        row(tokens[1], 3, Chunks(as_it_stands(variant, tokens[1], [(0, 40)]), Nothing())),
+        row(tokens[2], 3, Chunks(as_it_stands(variant, tokens[2], [(4, 25)]), CacheBlend(((1, 0.3),)))),
+        decoding,
+    ]
+    serving.add(*rows[:3])
+    serving.run()
+    for one in rows:
+        serving.agrees(variant, one)
+
+
+def test_captured_steps_are_those_without_chunks(plain: Checkpoint) -> None:
+    """A prompt that is all chunk has one token to compute, and chunks to place all the same."""
+    tokens = some(50, 1)
+    serving = Served(plain, backend=interpreted(torch.float32))
+    serving.executor.capture(4, recompute)
+    serving.add(one := row(tokens, 3, Chunks(as_it_stands(plain, tokens, [(0, 50)]), Nothing())), row(some(2, 1), 3))
+    serving.run()
+    serving.agrees(plain, one)
 
 
 def test_a_source_that_breaks_is_a_lost_chunk(plain: Checkpoint) -> None:
