@@ -1,4 +1,5 @@
-"""`python -m engine`: load a checkpoint, listen, say so, serve until told to stop.
+"""`python -m engine`: load a checkpoint, listen, say so, serve until told to stop. With `calibrate`: see
+`engine.calibration`.
 
 Exit codes: 0 stopped as asked, 1 failed, 2 the command line or the checkpoint is wrong.
 """
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import CheckpointError, SettingsError
-from engine.settings import Settings, parse
+from engine.settings import CalibrationSettings, Settings, parse, parse_calibration
 
 _KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than clients and proxies do, so that none asks while we hang up."""
@@ -24,9 +25,11 @@ _KEEP_ALIVE = 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine; returns the exit code."""
-    settings = parse(sys.argv[1:] if arguments is None else arguments)
-    if find_spec("torch") is None:
-        print("hitpath engine: torch is not installed (pip install 'hitpath[engine]')", file=sys.stderr)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["calibrate"]:
+        return _calibrate(parse_calibration(given[1:]))
+    settings = parse(given)
+    if not _torch_is_there():
         return 2
     if settings.parent_pid is not None:
         threading.Thread(target=_follow, args=(settings.parent_pid, settings.grace), daemon=True).start()
@@ -45,6 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listener.close()
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
+
+
+def _calibrate(settings: CalibrationSettings) -> int:
+    if not _torch_is_there():
+        return 2
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_serve`
+    from engine.calibration import calibrate
+
+    return calibrate(settings)
+
+
+def _torch_is_there() -> bool:
+    if find_spec("torch") is None:
+        print("hitpath engine: torch is not installed (pip install 'hitpath[engine]')", file=sys.stderr)
+        return False
+    return True
 
 
 def bind(settings: Settings) -> socket.socket:

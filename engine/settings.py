@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Attention = Literal["auto", "sdpa", "triton", "varlen"]
+_CODECS = ("raw", "fp8", "int8", "int4", "entropy", "mixed")
+"""As `cachestore.kv.codecs.CODECS`, which is not imported here: it needs torch."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -43,6 +46,71 @@ class Settings:
     kv_events_topic: str
     grace: int
     parent_pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSettings:
+    """The command line of `calibrate`, checked."""
+
+    model: str
+    prompts: Path | None
+    prompts_limit: int
+    out: Path | None
+    most_kl: float
+    least_agreement: float
+    codec: str
+    least: int
+    device: str
+    dtype: str
+    threads: int
+
+
+def parse_calibration(arguments: Sequence[str]) -> CalibrationSettings:
+    """Read the command line behind `calibrate`; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="hitpath engine calibrate", description="Measure how chunks can be reused with a model."
+    )
+    parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='JSONL, {"chunks": [...], "question": ...} or {"messages": [...]} a line (default: the model writes some)',
+    )
+    parser.add_argument(
+        "--prompts-limit", type=_positive, default=32, help="prompts measured at the most: time (default: 32)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="operating point (default: reuse.json in the model)")
+    parser.add_argument(
+        "--loss",
+        type=_loss,
+        default=_loss(""),
+        metavar="kl=NATS,agreement=SHARE",
+        help="what may be lost: mean KL, share of equal tokens (default: kl=0.02,agreement=0.95)",
+    )
+    parser.add_argument("--codec", choices=_CODECS, default="entropy", help="of stored chunks (default: entropy)")
+    parser.add_argument("--least", type=_positive, default=64, help="tokens of the smallest chunk (default: 64)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--threads", type=_positive, default=None, help="default: the cores this process may use")
+    given = vars(parser.parse_args(arguments))
+    most_kl, least_agreement = given.pop("loss")
+    given["threads"] = given["threads"] or usable_cores()
+    return CalibrationSettings(**given, most_kl=most_kl, least_agreement=least_agreement)
+
+
+def _loss(text: str) -> tuple[float, float]:
+    """`kl=0.02,agreement=0.95`, either or both."""
+    found = {"kl": 0.02, "agreement": 0.95}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not kl=NATS or agreement=SHARE") from None
+    if found.keys() != {"kl", "agreement"} or not 0 < found["kl"] < math.inf or not 0 < found["agreement"] <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write kl=NATS above 0, agreement=SHARE from 0 to 1")
+    return found["kl"], found["agreement"]
 
 
 def parse(arguments: Sequence[str]) -> Settings:

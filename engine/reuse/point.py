@@ -47,6 +47,11 @@ _MADE: Mapping[SelectorName, Callable[[float], Selector]] = {
 }
 
 
+def selector_of(name: SelectorName, ratio: float) -> Selector:
+    """A selector by the name that points call it."""
+    return _MADE[name](ratio)
+
+
 class PointError(SettingsError):
     """An operating point cannot be used; the message names the file and what is wrong with it."""
 
@@ -97,7 +102,7 @@ class OperatingPoint:
 
     def made(self, ratio: float | None = None) -> Selector:
         """Its selector; with a larger ratio than the point's where there is time for more."""
-        return _MADE[self.selector](max(self.ratio, ratio or 0.0))
+        return selector_of(self.selector, max(self.ratio, ratio or 0.0))
 
     def check_model(self, fingerprint: str, dtype: torch.dtype, where: str) -> None:
         """Raises PointError where this is another model's, or another dtype's; `where` names the file."""

@@ -5,7 +5,7 @@ What the engine serves goes through the executor; this has a pool of its own, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.attention import KvPool, Packed
 from engine.attention.sdpa import SdpaBackend
 from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
 from engine.model import Narrowing
 from engine.reuse.blending import Blend, Selector
 from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex
@@ -51,6 +52,16 @@ class Trial:
             stop = min(start + size, len(tokens))
             rows = torch.arange(start, stop, device=self._slots.device)
             yield self._run(tokens[:stop], rows, 1, None, span=len(tokens))
+
+    def continued(self, tokens: Sequence[int], count: int, draw: Callable[[Tensor], int]) -> list[int]:
+        """So many tokens more, each drawn from the scores [V] of the one before."""
+        text = list(tokens)
+        scores = self.compute(text, 1)
+        while True:
+            text.append(draw(scores[-1]))
+            if len(text) == len(tokens) + count:
+                return text[len(tokens) :]
+            scores = self._run(text, torch.tensor([len(text) - 1], device=self._slots.device), 1, None)
 
     def chunk(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> ChunkKv:
         """The keys and values of these tokens, computed behind `after`."""
@@ -93,3 +104,11 @@ class Trial:
         )
         with torch.inference_mode():
             return model.logits(model.forward(packed, self._pool, self._backend, narrowing))
+
+
+def operations(config: ModelConfig, computed: Iterable[Tensor]) -> float:
+    """Multiplications of computing tokens at these positions, layer by layer; each attends to all up to itself."""
+    e, kv = config.hidden_size, config.kv_heads * config.head_dim
+    q = config.heads * config.head_dim
+    per_token = e * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    return sum(len(at) * per_token + 2 * q * int((at + 1).sum()) for at in computed)

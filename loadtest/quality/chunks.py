@@ -72,9 +72,10 @@ class Worker:
         return self.bench.case(prompt, foreign, rng)
 
     def divergences(self, task: str, index: int) -> dict[str, float]:
-        """Of every method on one prompt."""
+        """Of every method that the task has on one prompt."""
         case = self.case(self.tasks.prompt(task, index), task, index)
-        return {method.label: self.bench.divergence(case, method) for method in self._methods}
+        chosen = (method for method in self._methods if method.measured_on(task))
+        return {method.label: self.bench.divergence(case, method) for method in chosen}
 
     def costs(self, prompt: Prompt, rounds: int) -> dict[Method, Cost]:
         """Of every method on one prompt."""
@@ -121,9 +122,9 @@ class Notes:
     def divergences(self, count: int) -> Divergences:
         """All of them, in the order of prompts."""
         rows = sorted((row for row in self.rows if row["index"] < count), key=lambda row: row["index"])
-        labels = [method.label for method in methods()]
+        labels = {task: [method.label for method in methods() if method.measured_on(task)] for task in TASKS}
         return {
-            task: {label: np.array([row["kl"][label] for row in rows if row["task"] == task]) for label in labels}
+            task: {label: np.array([row["kl"][label] for row in rows if row["task"] == task]) for label in labels[task]}
             for task in TASKS
         }
 
@@ -178,7 +179,11 @@ def _rows(found: Divergences, short: Mapping[Method, Cost], long: Mapping[Method
             stored=method.stored,
             ratio=method.ratio,
             turned=method.turned,
-            quality={task: relative(found[task][method.label], found[task][base]) for task in TASKS},
+            quality={
+                task: relative(found[task][method.label], found[task][base])
+                for task in TASKS
+                if method.measured_on(task)
+            },
             **asdict(short[method]),
             seconds_long=long[method].seconds,
         )

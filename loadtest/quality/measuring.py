@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import statistics as plain
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.checkpoint import Checkpoint
-from engine.config import ModelConfig
 from engine.reuse.blending import Blend
 from engine.reuse.cachecraft import Observer, context_index
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.sensitivity import averaged, measured
-from engine.reuse.trial import Trial
+from engine.reuse.trial import Trial, operations
 from loadtest.quality.methods import Case, Method, Stored, name_of
 from loadtest.quality.statistics import divergence
 from loadtest.quality.tasks import SUFFIX, Prompt
@@ -88,14 +86,6 @@ def _earlier(prompt: Prompt, foreign: Sequence[Text], rng: np.random.Generator) 
     """The same chunks in another order, with one foreign chunk among them, as an earlier question brought them."""
     chunks = [*prompt.chunks, foreign[0]]
     return Prompt(prompt.head, tuple(chunks[i] for i in rng.permutation(len(chunks))), prompt.suffix)
-
-
-def operations(config: ModelConfig, computed: Iterable[Tensor]) -> float:
-    """Multiplications of computing tokens at these positions, layer by layer; each attends to all up to itself."""
-    e, kv = config.hidden_size, config.kv_heads * config.head_dim
-    q = config.heads * config.head_dim
-    per_token = e * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    return sum(len(at) * per_token + 2 * q * int((at + 1).sum()) for at in computed)
 
 
 def timed(run: Callable[[], object], rounds: int) -> float:

@@ -59,6 +59,10 @@ class Method:
     stored: Stored = "alone"
     turned: bool = True
 
+    def measured_on(self, task: str) -> bool:
+        """Keys that are not turned are wrong whatever the task: one task shows that."""
+        return self.turned or not self.ratio or task == "quote"
+
     @property
     def label(self) -> str:
         """Names it in files."""

@@ -50,7 +50,7 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|" + "---|" * (len(tasks) + 4),
     ]
     for row in rows:
-        quality = " | ".join(_written(row.quality[task]) for task in tasks)
+        quality = " | ".join(_written(row.quality.get(task)) for task in tasks)
         costs = " | ".join(f"{cost:.2f}" for cost in (row.computed, row.operations, row.seconds, row.seconds_long))
         turned = "yes" if row.turned else "no"
         lines.append(f"| {row.name} | {row.stored} | {turned} | {row.ratio:.2f} | {quality} | {costs} |")
@@ -126,7 +126,9 @@ def _reached(rows: Sequence[Row]) -> list[Check]:
     ]
 
 
-def _written(value: Relative) -> str:
+def _written(value: Relative | None) -> str:
+    if value is None:
+        return "–"
     if value.value < 1e-4:
         return "0"
     return f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from loadtest.quality.tasks import CHUNK, SUFFIX, Tasks
 from tests.engine.checkpoints import write, write_tokenizer
 
 TEXT = 40 * " ".join(f"Alice met Robert at the {word}; Walter said nothing." for word in ("gate", "well", "mill"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -89,6 +95,15 @@ def test_measuring_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(list(Notes(tmp_path / "notes", {**facts, "seed": 2}).missing(2))) == 6
 
 
+def test_keys_left_unturned_are_measured_on_one_task(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "notes", {})
+    for task in ("quote", "facts", "continuation"):
+        notes.add({"task": task, "index": 0, "kl": {m.label: 0.5 for m in methods() if m.measured_on(task)}})
+    found = notes.divergences(1)
+    assert len(found["quote"]) == len(methods()) > len(found["facts"]) == len(found["continuation"])
+    assert "none|alone|0.00|not turned" in found["facts"]
+
+
 def row(name: str, ratio: float, quality: float, **changes: object) -> Row:
     found = Relative(quality, quality, quality)
     given = {"stored": "alone", "turned": True, "quality": {"quote": found, "facts": found}, **changes}
@@ -98,6 +113,7 @@ def row(name: str, ratio: float, quality: float, **changes: object) -> Row:
 ROWS = [
     row("none", 0.0, 1.0),
     row("none", 0.0, 4.0, turned=False),
+    replace(row("epic", 0.15, 3.0, turned=False), quality={"quote": Relative(3.0, 2.9, 3.1)}),
     row("full", 1.0, 1e-9),
     row("random", 0.15, 0.9),
     row("epic", 0.05, 0.3),
@@ -112,7 +128,7 @@ def test_what_must_hold_is_told() -> None:
     found = checks(ROWS)
     assert [check.claim for check in found if not check.holds] == []
     assert "0.100 (sensitive 0.15, mean, at 0.20 of the time)" in checks_table(found)
-    worse = [*ROWS[:4], row("epic", 0.05, 0.1), *ROWS[5:7], row("sensitive", 0.15, 0.5, stored="mean")]
+    worse = [*ROWS[:5], row("epic", 0.05, 0.1), *ROWS[6:8], row("sensitive", 0.15, 0.5, stored="mean")]
     claims = " ".join(check.claim for check in checks(worse) if not check.holds)
     assert claims.count("falls with the ratio: epic") == claims.count("ours on quote") == 1
     assert "**no**" in checks_table(checks(worse))

@@ -1,0 +1,117 @@
+"""`hitpath engine calibrate`: measure how chunks can be reused with a model, and write the operating point.
+
+Exit codes: 0 written, 1 nothing is within the stated loss (or the file cannot be written), 2 the command line, the
+checkpoint or the prompts are wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from engine.assembly import speed_up
+from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
+from engine.errors import CheckpointError, SettingsError
+from engine.reuse.calibrate import ANSWER, Calibration, Candidate, Limits, Table, chosen, grid, nearest, table_of
+from engine.reuse.examples import Sample, read, sample_of, written
+from engine.reuse.point import FILE, Dtype, OperatingPoint
+from engine.settings import CalibrationSettings
+
+
+def calibrate(settings: CalibrationSettings) -> int:
+    """Run it; returns the exit code."""
+    torch.set_num_threads(settings.threads)
+    directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
+    out = settings.out or directory / FILE
+    try:
+        if not out.parent.is_dir():
+            raise SettingsError(f"--out: {out.parent}: no such directory")
+        checkpoint = load_checkpoint(directory, name=directory.name, device=_device(settings), dtype=settings.dtype)
+        speed_up(checkpoint)
+        samples = _samples(checkpoint, settings)
+        limits = Limits(settings.most_kl, settings.least_agreement)
+        table = _measured(Calibration(checkpoint, samples, settings.codec), len(samples))
+    except (CheckpointError, SettingsError) as error:
+        print(f"hitpath engine calibrate: {error}", file=sys.stderr)
+        return 2
+    best = chosen(table, limits)
+    print(table_of(table, best))
+    if best is None:
+        print(_refusal(table, limits), file=sys.stderr)
+        return 1
+    return _written(_point(checkpoint, settings, best, table), out)
+
+
+def _device(settings: CalibrationSettings) -> str:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: there is no CUDA device here")
+    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _samples(checkpoint: Checkpoint, settings: CalibrationSettings) -> list[Sample]:
+    context = checkpoint.config.max_positions
+    if settings.prompts is None:
+        print("writing prompts with the model itself", file=sys.stderr, flush=True)
+        examples = written(checkpoint, settings.prompts_limit, context)
+    else:
+        examples = read(settings.prompts, settings.prompts_limit)
+    found = []
+    for example in examples:
+        sample = sample_of(example, checkpoint.tokenizer, settings.least)
+        if sample is not None and len(sample.tokens) + ANSWER <= context:
+            found.append(sample)
+    if len(found) < 2:
+        raise SettingsError(
+            f"--prompts: {len(found)} of {len(examples)} prompts have a chunk of {settings.least} tokens and fit the "
+            f"model's context of {context}; two are needed at least"
+        )
+    return found
+
+
+def _measured(calibration: Calibration, total: int) -> Table:
+    table: Table = {}
+    began = time.monotonic()
+    for done, found in enumerate(calibration.run(grid()), 1):
+        table = found
+        print(f"prompt {done} of {total}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return table
+
+
+def _refusal(table: Table, limits: Limits) -> str:
+    one = nearest(table, limits)
+    loss = table[one].loss
+    return (
+        f"hitpath engine calibrate: nothing saves time within KL {limits.kl:g} and agreement {limits.agreement:g}; "
+        f"nearest came {one.selector} {one.ratio:g} on chunks stored {one.stored}: KL {loss.kl:.2e} "
+        f"(± {table[one].error:.1e}), agreement {loss.agreement:.3f}, {loss.relative_time:.2f} of the time. "
+        "No operating point is written; the engine computes everything."
+    )
+
+
+def _point(checkpoint: Checkpoint, settings: CalibrationSettings, best: Candidate, table: Table) -> OperatingPoint:
+    return OperatingPoint(
+        model=checkpoint.fingerprint,
+        dtype=cast(Dtype, str(checkpoint.dtype).removeprefix("torch.")),
+        selector=best.selector,
+        ratio=best.ratio,
+        stored=best.stored,
+        codec=settings.codec,
+        loss=table[best].loss,
+        most_loss=settings.most_kl,
+        least_agreement=settings.least_agreement,
+        least=settings.least,
+    )
+
+
+def _written(point: OperatingPoint, out: Path) -> int:
+    try:
+        point.save(out)
+    except OSError as error:
+        print(f"hitpath engine calibrate: {out}: {error}; give another file with --out", file=sys.stderr)
+        return 1
+    print(f"wrote {out}: {point.selector} {point.ratio:g} on chunks stored {point.stored}")
+    return 0
