@@ -266,7 +266,8 @@ def _sorted(events: list[KvEvent]) -> list[list[KvEvent]]:
     """A message's worth of blocks' events and one of chunks', each where there are any."""
     chunks = [event for event in events if isinstance(event, ChunkStored | ChunkRemoved)]
     blocks = [event for event in events if not isinstance(event, ChunkStored | ChunkRemoved)] if chunks else events
-    return [batch for batch in (blocks, chunks) if batch]
+    batches: list[list[KvEvent]] = [[*blocks], [*chunks]]
+    return [batch for batch in batches if batch]
 
 
 def _encoded(event: KvEvent, encoding: Literal["map", "array"]) -> msgspec.Struct:

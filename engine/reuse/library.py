@@ -75,17 +75,16 @@ class Library:
         open_store: Callable[[Callable[[Happening], None]], KvStore],
         hot: int,
         known: Callable[[Row], int],
-        wake: Callable[[], None],
         tell: Callable[[ChunkEvent], None] | None = None,
         patience: float = 5.0,
         seed: int | None = None,
     ) -> None:
         """`open_store` is given whom it must tell. `hot`: bytes of decoded chunks. `known`: leading tokens of a
-        sequence that need not be looked for, asked with the runner's lock held. `wake`: see `Reuse.held`. `seed`: of
-        which prompts are checked.
+        sequence that need not be looked for, asked with the runner's lock held. `seed`: of which prompts are checked.
         """
         self.checkpoint, self.point = checkpoint, point
-        self._known_prefix, self._wake, self._emit, self._patience = known, wake, tell, patience
+        self._known_prefix, self._emit, self._patience = known, tell, patience
+        self._wake: Callable[[], None] = _nobody
         self.gate = Gate(point.most_loss, point.least_agreement)
         self.hot, self.known = Hot(hot), Known(MOST_KNOWN)
         self._controller, self._controlled = Controller(), threading.Lock()
@@ -103,6 +102,10 @@ class Library:
         """Whether nothing has happened since the books were checked."""
         self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=_one_thread)
         self.store = open_store(self._happened)
+
+    def open(self, wake: Callable[[], None]) -> None:
+        """Begin. `wake`: see `engine.sequence.Reuse`."""
+        self._wake = wake
         self._readers.submit(self._recall)
 
     # -- the runner's side
@@ -354,6 +357,10 @@ def _versions(tokens: tuple[int, ...], tenant: str) -> tuple[Chunk, Chunk]:
 def _told(text: Text) -> bytes:
     """A text's name for those who are not to know which owners have the same one."""
     return blake2b(text.owner.encode() + text.digest, digest_size=16).digest()
+
+
+def _nobody() -> None:
+    """Nobody waits yet."""
 
 
 def _one_thread() -> None:
