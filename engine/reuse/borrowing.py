@@ -125,9 +125,14 @@ class Borrowing:
     def _account(self, blended: Blended, sequence: Row) -> None:
         kept = 0 if sequence.kept is None else len(sequence.kept)
         recomputed = int(blended.prompt.reused.sum()) - kept
-        tier = max((part.tier for part in self._parts), key=TIERS.index)
+        tier = max((self._tier(part) for part in self._parts), key=TIERS.index)
         self._used = Used(len(self._parts), kept, recomputed, tier)
         self._library.count(self._used, [part.placed.chunk for part in self._parts if part.tier == "pool"])
+
+    def _tier(self, part: _Part) -> str:
+        """Where a chunk came from in the end."""
+        coming = part.order is not None and self._fetch is not None
+        return SHOWN[self._fetch.tiers[part.order]] if coming else part.tier  # type: ignore[union-attr,index]
 
     def _part(self, want: Want) -> _Part | None:
         """A text's chunk where the prompt has to be computed; None: it is of no use, lost or not there yet."""
