@@ -17,6 +17,7 @@ import orjson
 from engine.errors import RequestError
 from engine.runner import Event, Failed, Finished, Progress, Prompted
 from engine.sampling import Choice
+from engine.sequence import NO_CHUNKS, TIERS
 from engine.tools import Call, CallScanner, Piece, ToolFormat
 
 DONE = b"data: [DONE]\n\n"
@@ -57,6 +58,25 @@ class Usage:
     """Counted once per prompt, however many answers it gets."""
     cached: int = 0
     completion: int = 0
+    prefix: int = 0
+    """Of those cached, the tokens known to stand exactly so at the beginning; chunks brought the others."""
+    chunks: int = 0
+    recomputed: int = 0
+    """Tokens of chunks that were computed again."""
+    tier: str = NO_CHUNKS.tier
+    """The slowest one that a chunk came from."""
+
+    def prompted(self, event: Prompted) -> None:
+        """Count a prompt that was computed."""
+        self.cached += event.cached + event.kept
+        self.prefix += event.cached
+        self.chunks += event.used.chunks
+        self.recomputed += event.used.recomputed
+        self.tier = max(self.tier, event.used.tier, key=TIERS.index)
+
+    def reuse(self) -> str:
+        """What was not computed of the prompts so far, as the header `x-hitpath-kv` has it."""
+        return f"prefix={self.prefix}; chunks={self.chunks}; recomputed={self.recomputed}; tier={self.tier}"
 
     def shown(self) -> dict[str, Any]:
         """As the API shows it."""
@@ -275,9 +295,9 @@ class WholeAnswer:
                     self._texts[index].append(text)
                 if self._shape.logprobs:
                     self._scored[index].choices.append(choice)
-            case Prompted(cached):
+            case Prompted():
                 if index % self._per_prompt == 0:
-                    self._usage.cached += cached
+                    self._usage.prompted(event)
                 if self._shape.echoes is not None and self._shape.logprobs:
                     self._scored[index].choices += _echoed(self._shape.echoes[index], event)
             case Finished(reason, text, tokens):
@@ -378,9 +398,9 @@ class StreamedAnswer:
         match happened:
             case Progress(text, choice):
                 return told.progress(text, choice)
-            case Prompted(cached):
+            case Prompted():
                 if index % self._per_prompt == 0:
-                    self._usage.cached += cached
+                    self._usage.prompted(happened)
                 return told.prompted(happened)
             case Finished(reason, text, tokens):
                 self._usage.completion += tokens

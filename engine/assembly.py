@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from starlette.applications import Starlette
 
+from cachestore.errors import StoreError
+from cachestore.kv import Geometry, Happening, KvStore, Options, Tiers, open_store
 from engine.attention.choose import choose, choose_ops
 from engine.attention.varlen import Unavailable
 from engine.blocks import BlockManager
@@ -19,17 +23,25 @@ from engine.events import EventsError, EventSettings, Publisher
 from engine.executor import BLOCK_SIZE, Executor, block_bytes
 from engine.graphs import CAPTURABLE
 from engine.metrics import EngineMetrics, EngineState
+from engine.reuse.cutting import Cutter
+from engine.reuse.finding import Marks
+from engine.reuse.library import Library
+from engine.reuse.point import FILE, OperatingPoint, PointError, load
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.server import Delivery, Engine
-from engine.settings import Settings
+from engine.settings import ReuseSettings, Settings
 
 _KV_MEMORY = 2**30
 """Bytes for keys and values on a CPU; the pages are only taken from the system when they are first written."""
 _KV_SHARE = 0.85
 """Share of a GPU's free memory for them; the rest is for what a step computes."""
+_HOT = 2**28
 _TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
 """Large enough to keep the cores busy, small enough that a prompt's piece does not hold up those who read along."""
+
+
+log = logging.getLogger("hitpath.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,9 @@ class Assembled:
     attention: str
     threads: int
     publisher: Publisher | None
+    library: Library | None
+    tiers: tuple[str, ...]
+    """Where chunks are kept, from fast to slow."""
 
     def describe(self) -> str:
         """The facts of the ready line."""
@@ -50,11 +65,17 @@ class Assembled:
         return (
             f"model={checkpoint.name} device={checkpoint.device} dtype={str(checkpoint.dtype).removeprefix('torch.')} "
             f"context={self.context} kv_tokens={self.blocks * BLOCK_SIZE} attention={self.attention} "
-            f"threads={self.threads}"
+            f"threads={self.threads} reuse={self._reuse()} kv_tiers={','.join(self.tiers) or 'none'}"
         )
 
+    def _reuse(self) -> str:
+        point = None if self.library is None else self.library.point
+        return "off" if point is None else f"{point.selector}@{point.ratio:g}"
+
     def close(self) -> None:
-        """Stop publishing; the worker has ended with the application."""
+        """Let go of chunks, stop publishing; the worker has ended with the application."""
+        if self.library is not None:
+            self.library.close()
         if self.publisher is not None:
             self.publisher.close()
 
@@ -68,6 +89,7 @@ def assemble(settings: Settings) -> Assembled:
     speed_up(checkpoint)
     blocks = _blocks(checkpoint, settings.kv_memory)
     context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
+    point = operating_point(settings, checkpoint, directory)
     try:
         backend = choose(
             checkpoint.config,
@@ -91,21 +113,34 @@ def assemble(settings: Settings) -> Assembled:
         max_waiting=settings.max_waiting,
         token_budget=settings.token_budget or max(_TOKEN_BUDGET[checkpoint.device.type], settings.max_running),
         patience=settings.patience,
+        repairs=0 if point is None else point.repair,
     )
-    application = _application(checkpoint, books, scheduler, executor, publisher, context)
+    hot = hot_bytes(blocks * block_bytes(checkpoint))
+    opened = None if point is None else _library(settings, checkpoint, point, books, publisher, hot)
+    library, tiers = (None, ()) if opened is None else opened
+    parts = _Parts(checkpoint, books, scheduler, executor, publisher, library)
+    application = _application(parts, context, settings.reuse)
     if publisher is not None:
         publisher.start()
-    return Assembled(application, checkpoint, context, blocks, backend.name, settings.threads, publisher)
+    return Assembled(
+        application, checkpoint, context, blocks, backend.name, settings.threads, publisher, library, tiers
+    )
 
 
-def _application(
-    checkpoint: Checkpoint,
-    books: BlockManager,
-    scheduler: Scheduler,
-    executor: Executor,
-    publisher: Publisher | None,
-    context: int,
-) -> Starlette:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    checkpoint: Checkpoint
+    books: BlockManager
+    scheduler: Scheduler
+    executor: Executor
+    publisher: Publisher | None
+    library: Library | None
+
+
+def _application(parts: _Parts, context: int, reuse: ReuseSettings) -> Starlette:
+    checkpoint, books, publisher, library = parts.checkpoint, parts.books, parts.publisher, parts.library
+    scheduler = parts.scheduler
+
     def state() -> EngineState:
         running, waiting = runner.depth()
         return EngineState(
@@ -120,12 +155,91 @@ def _application(
             check_failures=runner.check_failures,
             events_published=0 if publisher is None else publisher.published,
             events_dropped=0 if publisher is None else publisher.dropped,
+            reuse=None if library is None else library.figures(),
         )
 
     delivery = Delivery()
     metrics = EngineMetrics(checkpoint.name, state, context=context)
-    runner = Runner(checkpoint, scheduler, executor, deliver=delivery, watch=metrics)
-    return Engine(checkpoint, runner, context=context, delivery=delivery, metrics=metrics).application()
+    runner = Runner(checkpoint, scheduler, parts.executor, deliver=delivery, watch=metrics, library=library)
+    cutter = None
+    if library is not None:
+        library.open(runner.wake)
+        cutter = Cutter(checkpoint.tokenizer, Marks(reuse.tags, reuse.separators), library.point.least)
+    engine = Engine(checkpoint, runner, context=context, delivery=delivery, metrics=metrics, cutter=cutter)
+    return engine.application()
+
+
+def operating_point(settings: Settings, checkpoint: Checkpoint, directory: Path) -> OperatingPoint | None:
+    """How chunks are reused; None, and a line in the log that says why: not at all.
+
+    Raises PointError for a file that was named and cannot be used, and for one beside the model that is broken.
+    """
+    if not settings.reuse.on:
+        return None
+    named = settings.reuse.point
+    path = directory / FILE if named is None else named
+    if named is None and not path.is_file():
+        log.warning(
+            "every token is computed: no operating point for reusing text (%s); `hitpath engine calibrate --model %s` "
+            "measures one",
+            path,
+            settings.model,
+        )
+        return None
+    point = load(path)
+    try:
+        point.check_model(checkpoint.fingerprint, checkpoint.dtype, str(path))
+    except PointError as error:
+        if named is not None:
+            raise
+        # The same files on another machine may well compute in another dtype: no reason not to start.
+        log.warning("every token is computed: %s", error)
+        return None
+    return point
+
+
+def _library(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    point: OperatingPoint,
+    books: BlockManager,
+    publisher: Publisher | None,
+    hot: int,
+) -> tuple[Library, tuple[str, ...]]:
+    """The library and its tiers. Raises SettingsError where a tier cannot be had."""
+    config, reuse = checkpoint.config, settings.reuse
+    geometry = Geometry(checkpoint.fingerprint, config.layers, config.kv_heads, config.head_dim, checkpoint.dtype)
+    # What bounds the slower tiers bounds the books; memory gives up copies of what lies there by itself.
+    slower = reuse.disk is not None or reuse.redis is not None
+    options = Options(capacity=reuse.disk_size if slower else reuse.host, codec=point.codec)
+    tiers = ["pool", "memory"]
+
+    def opened(observe: Callable[[Happening], None]) -> KvStore:
+        try:
+            store = open_store(geometry, Tiers(reuse.host, reuse.disk, reuse.redis), options, observe=observe)
+        except (StoreError, OSError) as error:
+            raise SettingsError(f"--kv-disk {reuse.disk}: {error}") from error
+        if store.note is not None:
+            log.warning(store.note)
+        else:
+            tiers.extend(name for name, place in (("disk", reuse.disk), ("redis", reuse.redis)) if place is not None)
+        return store.store
+
+    library = Library(
+        checkpoint,
+        point,
+        open_store=opened,
+        hot=hot,
+        known=books.lookup,
+        tell=None if publisher is None else publisher.put,
+        patience=options.patience,
+    )
+    return library, tuple(tiers)
+
+
+def hot_bytes(pool: int) -> int:
+    """Bytes of decoded chunks kept on the device beside a pool of so many."""
+    return min(pool // 4, max(_HOT, pool // 16))
 
 
 def speed_up(checkpoint: Checkpoint) -> None:

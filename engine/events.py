@@ -1,5 +1,8 @@
 """Which blocks of keys and values the engine holds, told to whoever routes by it, in the format of vLLM.
 
+Stored chunks (docs/chunk-reuse.md) are told as well, as `ChunkStored` and `ChunkRemoved`, in messages of their own, so
+that who does not know these kinds loses nothing by throwing such a message away.
+
 Each message of the PUB socket is [topic, sequence number (8 bytes, big-endian), msgpack of [seconds, events, rank]]. An
 event is a map with its kind under `type` (vLLM since 0.24) or, for older routers, a tagged array.
 
@@ -23,6 +26,7 @@ import msgspec
 import zmq
 
 from engine.blocks import AllCleared, BlockEvent, BlockRemoved, BlockStored
+from engine.reuse.known import ChunkEvent, ChunkRemoved, ChunkStored
 
 MEDIUM = "GPU"
 """The tier that computes, on whatever hardware: routers take other names for slower tiers below it."""
@@ -35,6 +39,9 @@ _BATCH = 1024
 _PAUSE = 0.05
 """Seconds that a request for a replay may wait while nothing else happens."""
 _LINGER_MS = 500
+
+
+KvEvent = BlockEvent | ChunkEvent
 
 
 class EventsError(Exception):
@@ -77,7 +84,7 @@ class Publisher:
         self._settings = settings
         self._topic = settings.topic.encode()
         self._changed = threading.Condition()
-        self._waiting: deque[BlockEvent] = deque()
+        self._waiting: deque[KvEvent] = deque()
         self._closed = False
         self._kept: deque[tuple[bytes, bytes]] = deque()
         self._kept_bytes = 0
@@ -107,7 +114,7 @@ class Publisher:
         """Start the thread."""
         self._thread.start()
 
-    def put(self, event: BlockEvent) -> None:
+    def put(self, event: KvEvent) -> None:
         """Report an event, from any thread. Never waits: what no longer fits the queue is counted and dropped."""
         with self._changed:
             if len(self._waiting) >= self._settings.queue:
@@ -144,12 +151,12 @@ class Publisher:
 
     def _run(self) -> None:
         while (events := self._take()) is not None:
-            if events:
-                self._publish(events)
+            for batch in _sorted(events):
+                self._publish(batch)
             if self._replay is not None:
                 self._answer(self._replay)
 
-    def _take(self) -> list[BlockEvent] | None:
+    def _take(self) -> list[KvEvent] | None:
         """What waits, at most one message's worth; None when closed and nothing is left."""
         with self._changed:
             if not self._waiting and not self._closed:
@@ -158,7 +165,7 @@ class Publisher:
                 return None
             return [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
 
-    def _publish(self, events: list[BlockEvent]) -> None:
+    def _publish(self, events: list[KvEvent]) -> None:
         batch = (time.time(), [_encoded(event, self._settings.encoding) for event in events], 0)
         payload = self._encoder.encode(batch)
         sequence = self.published.to_bytes(8, "big")
@@ -215,6 +222,27 @@ class _Cleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
     """Nothing is held any more."""
 
 
+class _ChunkStored(msgspec.Struct, tag="ChunkStored", gc=False):
+    """A text's keys and values can be used from now on, wherever in a prompt it stands."""
+
+    chunk_hash: int
+    token_ids: tuple[int, ...]
+
+
+class _ChunkRemoved(msgspec.Struct, tag="ChunkRemoved", gc=False):
+    """They are gone."""
+
+    chunk_hash: int
+
+
+class _ChunkStoredArray(_ChunkStored, tag="ChunkStored", array_like=True):
+    """The same, with its kind first and the fields in order."""
+
+
+class _ChunkRemovedArray(_ChunkRemoved, tag="ChunkRemoved", array_like=True):
+    """The same, with its kind first and the fields in order."""
+
+
 class _StoredArray(_Stored, tag="BlockStored", array_like=True):
     """The same, with its kind first and the fields in order."""
 
@@ -234,7 +262,15 @@ def _check_port(endpoint: str) -> None:
         raise zmq.ZMQError(zmq.EINVAL)
 
 
-def _encoded(event: BlockEvent, encoding: Literal["map", "array"]) -> msgspec.Struct:
+def _sorted(events: list[KvEvent]) -> list[list[KvEvent]]:
+    """A message's worth of blocks' events and one of chunks', each where there are any."""
+    chunks = [event for event in events if isinstance(event, ChunkStored | ChunkRemoved)]
+    blocks = [event for event in events if not isinstance(event, ChunkStored | ChunkRemoved)] if chunks else events
+    batches: list[list[KvEvent]] = [[*blocks], [*chunks]]
+    return [batch for batch in batches if batch]
+
+
+def _encoded(event: KvEvent, encoding: Literal["map", "array"]) -> msgspec.Struct:
     array = encoding == "array"
     match event:
         case BlockStored(hashes, parent, tokens, size):
@@ -243,6 +279,10 @@ def _encoded(event: BlockEvent, encoding: Literal["map", "array"]) -> msgspec.St
             return stored([_short(one) for one in hashes], above, tokens, size, None, MEDIUM, None)
         case BlockRemoved(hashes):
             return (_RemovedArray if array else _Removed)([_short(one) for one in hashes], MEDIUM)
+        case ChunkStored(name, tokens):
+            return (_ChunkStoredArray if array else _ChunkStored)(_short(name), tokens)
+        case ChunkRemoved(name):
+            return (_ChunkRemovedArray if array else _ChunkRemoved)(_short(name))
         case AllCleared():
             return (_ClearedArray if array else _Cleared)()
         case _ as never:

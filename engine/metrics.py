@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.reuse.figures import Figures, reuse_metrics
 from engine.runner import Event, Failed, Finished, Job, Progress, Prompted
 from engine.scheduler import Step
 
@@ -56,6 +57,8 @@ class EngineState:
     """Messages with KV events."""
     events_dropped: int = 0
     """KV events that were never sent."""
+    reuse: Figures | None = None
+    """Of chunks; None: there is no operating point."""
 
     @property
     def blocks(self) -> int:
@@ -109,7 +112,7 @@ class EngineMetrics(Collector):
         self._state, self._clock = state, clock
         self._courses: dict[Job, _Course] = {}
         self._ends: Tally[str] = Tally()
-        self._prompt_tokens = self._cached_tokens = self._distinct_prompt_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._prefix_tokens = self._distinct_prompt_tokens = 0
         self._drawn = self._completed = 0
         self._first = _Histogram(_FIRST_TOKEN)
         self._gap = _Histogram(_BETWEEN_TOKENS)
@@ -174,8 +177,8 @@ class EngineMetrics(Collector):
                         before[course.last] += 1
                     course.tokens, course.last = course.tokens + 1, now
                     self._drawn += 1
-                case Prompted(cached):
-                    self._prompted(job, course, cached, now)
+                case Prompted():
+                    self._prompted(job, course, event, now)
                 case Finished(reason, _, tokens):
                     self._drawn += tokens - course.tokens  # one that ends an answer has no event of its own
                     self._finished(job, course, reason, tokens, now)
@@ -193,13 +196,16 @@ class EngineMetrics(Collector):
         yield from self._books(state)
         yield from self._counts(state)
         yield from self._histograms()
+        if state.reuse is not None:
+            yield from reuse_metrics(state.reuse)
 
-    def _prompted(self, job: Job, course: _Course, cached: int, now: float) -> None:
+    def _prompted(self, job: Job, course: _Course, event: Prompted, now: float) -> None:
         course.first = course.last = now
         self._first.add(now - course.arrived)
         self._prompts.add(len(job.prompt))
         self._prompt_tokens += len(job.prompt)
-        self._cached_tokens += cached
+        self._prefix_tokens += event.cached
+        self._cached_tokens += event.cached + event.kept
         if job.parent is None:
             self._distinct_prompt_tokens += len(job.prompt)
 
@@ -232,9 +238,9 @@ class EngineMetrics(Collector):
     def _counts(self, state: EngineState) -> Iterator[Metric]:
         ours, vllm = CounterMetricFamily, self._counter
         yield vllm("vllm:prefix_cache_queries", "Prompt tokens that were looked up.", self._prompt_tokens)
-        yield vllm("vllm:prefix_cache_hits", "Prompt tokens that were known.", self._cached_tokens)
+        yield vllm("vllm:prefix_cache_hits", "Prompt tokens that were known.", self._prefix_tokens)
         yield vllm("vllm:prompt_tokens", "Prompt tokens, known ones too.", self._prompt_tokens)
-        yield vllm("vllm:prompt_tokens_cached", "Prompt tokens that were known.", self._cached_tokens)
+        yield vllm("vllm:prompt_tokens_cached", "Prompt tokens that were not computed.", self._cached_tokens)
         yield vllm("vllm:generation_tokens", "Tokens drawn.", self._drawn)
         yield vllm("vllm:num_preemptions", "Answers set back for want of KV blocks.", state.preemptions)
         ends = CounterMetricFamily(

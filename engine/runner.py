@@ -15,14 +15,15 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.errors import ShuttingDown
 from engine.executor import Executor, Outcome
 from engine.sampling import Choice, Drawing, Guide, SamplingParams, describe, draw
 from engine.scheduler import Chunk, Scheduler, Step
+from engine.sequence import NO_CHUNKS, State, Used
 from engine.sequence import Sequence as Row
-from engine.sequence import State
 from engine.stops import StopMatcher
 
 _SCORED_AT_ONCE = 64
@@ -48,6 +49,8 @@ class Prompted:
     """With `prompt_logprobs`: one per prompt token, None for the first."""
     kept: int = 0
     """Further prompt tokens that were not computed, since chunks brought them."""
+    used: Used = NO_CHUNKS
+    """What chunks did for it, where they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ class Job:
     parent: Job | None = None
     """The first answer to the same prompt, for the second to the n-th."""
     prompt_logprobs: bool = False
+    spans: Sequence[tuple[int, int]] = ()
+    """Tokens of its prompt that its client marked as texts of their own: from the first to behind the last."""
+    exact: bool = False
+    """Nothing may be reused but what was computed in exactly this place."""
     cancelled: bool = field(default=False, init=False)
     """Set by `Runner.cancel`: the job ends before its next token, without a further event."""
 
@@ -129,6 +136,14 @@ class Library(Protocol):
 
         With the runner's lock held: must not block.
         """
+        ...
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A step computed so many tokens, some of a prompt among them, and waited for nothing."""
+        ...
+
+    def idle(self) -> bool:
+        """Nothing runs or waits: do a small piece of what is left for such moments, if there is any."""
         ...
 
 
@@ -157,7 +172,8 @@ class _Answer:
         if not self._told:
             self._told = True
             kept = 0 if self.row.kept is None else len(self.row.kept)
-            events.append(Prompted(self.row.cached, tuple(self._scored[: len(self.job.prompt)]), kept))
+            used = NO_CHUNKS if self.row.reuse is None else self.row.reuse.used
+            events.append(Prompted(self.row.cached, tuple(self._scored[: len(self.job.prompt)]), kept, used))
         params, drawn = self.job.params, self.row.drawn + 1
         if params.max_tokens == 0:
             return [*events, Finished("length", "", 0)]
@@ -297,8 +313,9 @@ class Runner:
 
     def _next(self) -> Step | None:
         """The next step, waiting for work if there is none; None when closed."""
-        with self._changed:
-            while True:
+        unasked = self._library is not None
+        while True:
+            with self._changed:
                 self._drop_cancelled()
                 if self._closed:
                     self._cancelled += self._rows
@@ -309,7 +326,12 @@ class Runner:
                     for row in step.preempted:
                         self._executor.forget(row)
                     return step
-                self._rest()
+                if not unasked or self._scheduler.depth()[1]:
+                    self._rest()
+                    unasked = self._library is not None
+                    continue
+            # Without the lock: a request that comes now waits for one piece of background work at most.
+            unasked = self._library is not None and self._library.idle()
 
     def _rest(self) -> None:
         """Wait for something to do; when nothing came for a while, see whether the books are in order."""
@@ -348,7 +370,7 @@ class Runner:
         except Exception as error:  # a block that was not copied must not be written to
             return [event for chunk in step.chunks for event in self._fail(chunk.sequence, error)]
         try:
-            return self._finish(step, self._executor.run(step.chunks))
+            return self._finish(step, self._timed(step))
         except Exception as error:  # whatever breaks, the others go on
             if len(step.chunks) == 1:
                 return self._fail(step.chunks[0].sequence, error)
@@ -360,6 +382,16 @@ class Runner:
         for chunk in step.chunks:
             happened += self._run(Step((chunk,), (), ()))
         return happened
+
+    def _timed(self, step: Step) -> Outcome:
+        """Run it, and tell the library how long that took, where it did not wait for chunks."""
+        began = time.monotonic()
+        outcome = self._executor.run(step.chunks)
+        if self._library is not None and any(chunk.size > 1 for chunk in step.chunks):
+            blended = (chunk.sequence.blended for chunk in step.chunks)
+            if all(one is None or one.source is None for one in blended):
+                self._library.computed(sum(chunk.size for chunk in step.chunks), time.monotonic() - began)
+        return outcome
 
     def _take(self, row: Row, choice: Choice) -> list[Event]:
         try:
@@ -392,6 +424,7 @@ class Runner:
         self._score_prompts(step, outcome)
         self._tell_prefilled(step)
         rows = [chunk.sequence for chunk in step.chunks if chunk.draws]
+        self._tell_scored(rows, outcome.scores)
         choices = draw(outcome.scores, [self._answers[row].drawing for row in rows]) if rows else []
         happened: Happened = []
         over: list[Row] = []
@@ -422,6 +455,11 @@ class Runner:
                 row.reuse.prefilled(row, self._executor.pool, self._executor.slots(row, np.arange(len(row.prompt))))
             except Exception:  # the answer does not depend on what is kept of its prompt
                 log.exception("a prompt's chunks could not be taken")
+
+    def _tell_scored(self, rows: Sequence[Row], scores: Tensor) -> None:
+        for row, own in zip(rows, scores, strict=True) if self._library is not None else ():
+            if row.reuse is not None and not row.drawn:
+                row.reuse.scored(row, own)
 
     def _score_prompts(self, step: Step, outcome: Outcome) -> None:
         """Log probabilities of prompts whose requests want them, a few tokens at a time."""

@@ -282,7 +282,7 @@ class Scheduler:
             raise ValueError("a sequence is added once")
         if sequence.reuse is not None and (sequence.fresh or not sequence.salt):
             raise ValueError(
-                "what is computed with chunks is not exact: no scores of the prompt, and a salt of its own"
+                "what chunks bring is not exact: it goes with a salt, and not with a prompt that is scored"
             )
         if (parent := sequence.parent) is None:
             return
@@ -527,8 +527,8 @@ def _blend(sequence: Sequence, reuse: Reuse) -> None:
 
 def _release(sequence: Sequence) -> None:
     if sequence.reuse is not None:
-        sequence.strip()
         sequence.reuse.released(sequence)
+        sequence.strip()
 
 
 def _held(sequence: Sequence) -> bool:

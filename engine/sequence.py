@@ -21,6 +21,26 @@ Positions = NDArray[np.int64]
 """Places in a sequence, ascending."""
 
 
+TIERS = ("none", "pool", "memory", "disk", "redis")
+"""Where chunks come from, as clients are told it: no chunks, then from fast to slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What chunks did for one prompt."""
+
+    chunks: int = 0
+    kept: int = 0
+    """Tokens of them that were not computed …"""
+    recomputed: int = 0
+    """… and that were."""
+    tier: str = TIERS[0]
+    """The slowest one that they came from."""
+
+
+NO_CHUNKS = Used()
+
+
 class Reuse(Protocol):
     """The stored chunks of one sequence, on their way or there.
 
@@ -48,6 +68,15 @@ class Reuse(Protocol):
 
         Once for every admission that computes some of the prompt.
         """
+        ...
+
+    def scored(self, sequence: Sequence, scores: Tensor) -> None:
+        """Its first token is about to be drawn from these, [V], which will be written to; on the worker's thread."""
+        ...
+
+    @property
+    def used(self) -> Used:
+        """What chunks did for it. After `prefilled`."""
         ...
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,10 +28,14 @@ from engine.checkpoint import Checkpoint
 from engine.errors import ContextTooLong, ModelNotFound, QueueFull, RequestError
 from engine.guidance import Grammar, Guidance
 from engine.metrics import EngineMetrics
+from engine.reuse.cutting import Cut, Cutter
 from engine.runner import Event, Failed, Finished, Happened, Job
 from engine.sampling import SamplingParams
 
 MAX_BODY = 16 * 2**20
+KV_HEADER = "x-hitpath-kv"
+"""Of a request: how much may be reused; of an answer: what was."""
+EXACT = "exact"
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -111,13 +115,15 @@ class Pace:
 class Plan:
     """A checked request: what to generate and how to write it down. `params` holds one entry per choice."""
 
-    prompts: list[list[int]]
+    prompts: list[Cut]
     params: list[SamplingParams]
     shape: Shape
     stream: bool
     tenant: str
     grammar: Grammar | None
     score_prompts: bool
+    exact: bool
+    """Nothing may be reused but what was computed in exactly this place."""
 
     @property
     def answers(self) -> int:
@@ -126,7 +132,7 @@ class Plan:
 
     def usage(self) -> Usage:
         """Token counts before anything was generated."""
-        return Usage(sum(map(len, self.prompts)))
+        return Usage(sum(len(prompt.ids) for prompt in self.prompts))
 
     def jobs(self, put: Callable[[int, Event], None]) -> list[Job]:
         """One per answer: all choices of the first prompt, then those of the second; `put` takes index and event."""
@@ -135,7 +141,7 @@ class Plan:
             first: Job | None = None
             for params in self.params:
                 job = Job(
-                    prompt,
+                    prompt.ids,
                     params,
                     partial(put, len(jobs)),
                     tenant=self.tenant,
@@ -143,6 +149,8 @@ class Plan:
                     # Each choice gives the scored prompt back, so none can do without computing it.
                     parent=None if self.score_prompts else first,
                     prompt_logprobs=self.score_prompts,
+                    spans=prompt.spans,
+                    exact=self.exact,
                 )
                 first = first or job
                 jobs.append(job)
@@ -219,11 +227,12 @@ class GenerationStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, answer: StreamedAnswer) -> None:
-        super().__init__(headers={"cache-control": "no-cache"})
+    def __init__(self, generation: Generation, opening: bytes, answer: StreamedAnswer, headers: dict[str, str]) -> None:
+        """`opening`: what has happened so far."""
+        super().__init__(headers={"cache-control": "no-cache", **headers})
         # No length is known; the empty body given to the base class has one.
         del self.headers["content-length"]
-        self._generation, self._answer = generation, answer
+        self._generation, self._opening, self._answer = generation, opening, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -239,7 +248,7 @@ class GenerationStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._answer.opening(), "more_body": True})
+        await send({"type": "http.response.body", "body": self._opening, "more_body": True})
         failed = False
         while not self._generation.over:
             happened = await self._generation.events()
@@ -254,9 +263,19 @@ class Engine:
     """The application's state and its handlers."""
 
     def __init__(
-        self, checkpoint: Checkpoint, runner: Worker, *, context: int, delivery: Delivery, metrics: EngineMetrics
+        self,
+        checkpoint: Checkpoint,
+        runner: Worker,
+        *,
+        context: int,
+        delivery: Delivery,
+        metrics: EngineMetrics,
+        cutter: Cutter | None = None,
     ) -> None:
-        """`context`: most tokens of prompt and answer together. `delivery` is what the runner delivers to."""
+        """`context`: most tokens of prompt and answer together. `delivery` is what the runner delivers to. `cutter`
+        finds the texts in prompts; without one nobody asks for them.
+        """
+        self._cutter = cutter
         self._checkpoint, self._runner, self._context, self._delivery = checkpoint, runner, context, delivery
         self._metrics = metrics
         self._pace = Pace()
@@ -323,7 +342,7 @@ class Engine:
         tools = asked.tools_for_template()
         if tools and not tokenizer.takes_tools:
             raise RequestError("tools: this model's chat template takes none.", param="tools", code="no_tools")
-        prompt = tokenizer.encode_chat([message.for_template() for message in asked.messages], tools)
+        prompt = self._cut_chat(asked, tools)
         found = None
         if tools and tokenizer.tools is not None:
             names = frozenset(function.name for function in asked.functions)
@@ -331,21 +350,30 @@ class Engine:
         shape = self._shape("chat", asked, logprobs=asked.alternatives, tools=found)
         params = self._params(asked, [prompt], limit=asked.limit, logprobs=asked.alternatives, param="messages")
         grammar = self._guidance.wanted(asked)
-        return Plan([prompt], params, shape, bool(asked.stream), tenant(headers, asked.cache_salt), grammar, False)
+        whose = tenant(headers, asked.cache_salt)
+        return Plan([prompt], params, shape, bool(asked.stream), whose, grammar, False, exact(headers))
+
+    def _cut_chat(self, asked: requests.ChatRequest, tools: list[dict[str, Any]] | None) -> Cut:
+        messages = [message.for_template() for message in asked.messages]
+        if self._cutter is None:
+            return Cut(self._checkpoint.tokenizer.encode_chat(messages, tools))
+        contents = [message.model_dump(include={"content"}) for message in asked.messages]
+        return self._cutter.chat(contents, messages, tools)
 
     def _plan_completion(self, body: bytes, headers: Mapping[str, str]) -> Plan:
         asked = requests.parse_completion(requests.parse_body(body))
         self._check_model(asked.model)
-        prompts = [self._prompt_ids(prompt) for prompt in asked.prompt]
+        prompts = [self._cut_prompt(prompt) for prompt in asked.prompt]
         echoes = None
         if asked.echo:
             texts = [self._prompt_text(prompt) for prompt in asked.prompt]
-            pairs = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
+            pairs = [Echo(text, prompt.ids) for text, prompt in zip(texts, prompts, strict=True)]
             echoes = [echo for echo in pairs for _ in range(asked.choices)]
         shape = self._shape("completions", asked, logprobs=asked.logprobs, echoes=echoes)
         params = self._params(asked, prompts, limit=asked.limit, logprobs=asked.logprobs, param="prompt")
         scored = bool(asked.echo) and asked.logprobs is not None
-        return Plan(prompts, params, shape, bool(asked.stream), tenant(headers, asked.cache_salt), None, scored)
+        whose = tenant(headers, asked.cache_salt)
+        return Plan(prompts, params, shape, bool(asked.stream), whose, None, scored, exact(headers))
 
     def _shape(
         self,
@@ -369,13 +397,13 @@ class Engine:
     def _params(
         self,
         asked: requests.Sampled,
-        prompts: list[list[int]],
+        prompts: list[Cut],
         *,
         limit: int | None,
         logprobs: int | None,
         param: str,
     ) -> list[SamplingParams]:
-        longest = max(map(len, prompts))
+        longest = max(len(prompt.ids) for prompt in prompts)
         if longest >= self._context:
             raise ContextTooLong(
                 f"The context is {self._context} tokens; the prompt has {longest} and leaves no room to answer.",
@@ -399,13 +427,18 @@ class Engine:
         if asked not in (None, self._checkpoint.name):
             raise ModelNotFound(asked, self._checkpoint.name)
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        ids = self._checkpoint.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
+    def _cut_prompt(self, prompt: str | list[int]) -> Cut:
+        if not isinstance(prompt, str):
+            cut = Cut(prompt)
+        elif self._cutter is None:
+            cut = Cut(self._checkpoint.tokenizer.encode_text(prompt))
+        else:
+            cut = self._cutter.text(prompt)
+        if not cut.ids:
             raise RequestError("prompt: it has no tokens", param="prompt")
-        if min(ids) < 0 or max(ids) >= self._checkpoint.config.vocab_size:
+        if min(cut.ids) < 0 or max(cut.ids) >= self._checkpoint.config.vocab_size:
             raise RequestError(f"prompt: token ids are 0 to {self._checkpoint.config.vocab_size - 1}", param="prompt")
-        return ids
+        return cut
 
     def _prompt_text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._checkpoint.tokenizer.decode(prompt)
@@ -416,14 +449,29 @@ class Engine:
         # Before the first byte of the response, so that a full queue is a plain 429 and not a broken stream.
         generation.start()
         if plan.stream:
-            return GenerationStream(
-                generation, StreamedAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
-            )
-        return await self._whole(
-            request, generation, WholeAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
-        )
+            streamed = StreamedAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
+            return await self._opened(request, generation, streamed, usage)
+        whole = WholeAnswer(plan.shape, usage, plan.answers, per_prompt=len(plan.params))
+        return await self._whole(request, generation, whole, usage)
 
-    async def _whole(self, request: Request, generation: Generation, answer: WholeAnswer) -> Response:
+    async def _opened(self, request: Request, generation: Generation, answer: StreamedAnswer, usage: Usage) -> Response:
+        """The stream, once a prompt has been computed: only then is known what the headers say, or that it failed."""
+        started = False
+        watch = asyncio.ensure_future(_disconnected(request.receive))
+        watch.add_done_callback(lambda done: None if done.cancelled() else generation.abandon())
+        try:
+            happened = await generation.events()
+            if isinstance(failed := happened[-1][1], Failed):
+                return _json(failure_body(failed), failed.status)
+            opening = answer.opening() + b"".join([answer.add(index, event) for index, event in happened])
+            started = True
+            return GenerationStream(generation, opening, answer, {KV_HEADER: usage.reuse()})
+        finally:
+            watch.cancel()
+            if not started:
+                generation.cancel()
+
+    async def _whole(self, request: Request, generation: Generation, answer: WholeAnswer, usage: Usage) -> Response:
         """Wait for everything, unless the client goes away."""
         watch = asyncio.ensure_future(_disconnected(request.receive))
         watch.add_done_callback(lambda _: generation.abandon())
@@ -431,7 +479,7 @@ class Engine:
             for index, event in await generation.events():
                 if (failed := answer.add(index, event)) is not None:
                     return _json(failure_body(failed), failed.status)
-            return _sent(answer.body())
+            return _sent(answer.body(), headers={KV_HEADER: usage.reuse()})
         finally:
             watch.cancel()
             generation.cancel()
@@ -482,6 +530,15 @@ def tenant(headers: Mapping[str, str], salt: str | None) -> str:
         credentials = headers.get("authorization", "")
         name = hashlib.sha256(credentials.encode()).hexdigest()[:32] if credentials else ""
     return name if salt is None else f"{name}\x00{salt}"
+
+
+def exact(headers: Mapping[str, str]) -> bool:
+    """Whether the client wants every token of its prompt computed where it stands. Raises RequestError."""
+    asked = headers.get(KV_HEADER)
+    if asked not in (None, EXACT):
+        message = f"{KV_HEADER}: {asked!r} is not allowed; allowed is {EXACT!r}, or no such header."
+        raise RequestError(message, param=KV_HEADER, code="invalid_value")
+    return asked is not None
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -15,7 +15,26 @@ from typing import Literal, get_args
 Attention = Literal["auto", "sdpa", "triton", "varlen"]
 _CODECS = ("raw", "fp8", "int8", "int4", "int2", "entropy", "mixed")
 """As `cachestore.kv.codecs.CODECS`, which is not imported here: it needs torch."""
+_DISK_SIZE = 16 * 2**30
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseSettings:
+    """How text that was computed before is used again, and where it is kept."""
+
+    on: bool
+    """Where an operating point is found."""
+    point: Path | None
+    """None: `reuse.json` beside the model, if it is there."""
+    host: int
+    """Bytes of memory for stored chunks."""
+    disk: Path | None
+    disk_size: int
+    """Bytes of files there."""
+    redis: str | None
+    tags: tuple[str, ...]
+    separators: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +63,7 @@ class Settings:
     kv_events: str | None
     kv_events_replay: str | None
     kv_events_topic: str
+    reuse: ReuseSettings
     grace: int
     parent_pid: int | None
 
@@ -139,6 +159,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--kv-events", metavar="ENDPOINT", help="publish KV events there, e.g. tcp://*:5557")
     parser.add_argument("--kv-events-replay", metavar="ENDPOINT", help="answer requests for missed KV events there")
     parser.add_argument("--kv-events-topic", default="", help="topic of the KV events (default: empty)")
+    _add_reuse(parser)
     parser.add_argument("--grace", type=_positive, default=10, help="seconds to finish answers when stopped")
     parser.add_argument("--parent-pid", type=_positive, help="stop when this process is gone")
     args = parser.parse_args(arguments)
@@ -146,6 +167,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         parser.error(f"--token-budget {args.token_budget} is less than --max-running {args.max_running}")
     if args.kv_events is None and (args.kv_events_replay or args.kv_events_topic):
         parser.error("--kv-events-replay and --kv-events-topic need --kv-events")
+    _check_reuse(parser, args)
     return Settings(
         model=args.model,
         served_name=args.served_name or Path(args.model).resolve().name,
@@ -165,9 +187,51 @@ def parse(arguments: Sequence[str]) -> Settings:
         kv_events=args.kv_events,
         kv_events_replay=args.kv_events_replay,
         kv_events_topic=args.kv_events_topic,
+        reuse=ReuseSettings(
+            on=args.reuse == "auto",
+            point=args.reuse_point,
+            host=args.kv_host,
+            disk=args.kv_disk,
+            disk_size=args.kv_disk_size or _DISK_SIZE,
+            redis=args.kv_redis,
+            tags=args.chunk_tags,
+            separators=args.chunk_separators,
+        ),
         grace=args.grace,
         parent_pid=args.parent_pid,
     )
+
+
+def _add_reuse(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reuse of text that was computed before (docs/chunk-reuse.md)")
+    group.add_argument(
+        "--reuse", choices=("auto", "off"), default="auto", help="auto: where an operating point is found"
+    )
+    group.add_argument("--reuse-point", type=Path, metavar="FILE", help="operating point (default: MODEL/reuse.json)")
+    group.add_argument("--kv-host", type=size, default=2**30, metavar="SIZE", help="memory for chunks (default: 1GiB)")
+    group.add_argument("--kv-disk", type=Path, metavar="DIR", help="keep chunks in files there as well")
+    group.add_argument("--kv-disk-size", type=size, metavar="SIZE", help="bytes of files (default: 16GiB)")
+    group.add_argument("--kv-redis", type=_redis, metavar="URL", help="keep chunks in this Redis as well")
+    group.add_argument(
+        "--chunk-tags", type=_tags, default=(), metavar="A,B", help="what stands in <A>…</A> is a text of its own"
+    )
+    group.add_argument(
+        "--chunk-separators",
+        type=_separators,
+        default=(),
+        metavar="A,B",
+        help=r"what stands between these is a text of its own; write \n, \t and \, for line end, tab and comma",
+    )
+
+
+def _check_reuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit where flags contradict each other."""
+    if args.kv_disk_size is not None and args.kv_disk is None:
+        parser.error("--kv-disk-size needs --kv-disk")
+    flags = ("reuse_point", "kv_disk", "kv_redis", "chunk_tags", "chunk_separators")
+    given = [flag for flag in flags if getattr(args, flag)]
+    if args.reuse == "off" and given:
+        parser.error(f"--reuse off: --{given[0].replace('_', '-')} has no meaning then")
 
 
 def size(text: str) -> int:
@@ -191,6 +255,31 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port")
     return int(text)
+
+
+def _redis(text: str) -> str:
+    if not re.fullmatch(r"rediss?://\S+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address like redis://host:6379/0")
+    return text
+
+
+def _tags(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][\w.:-]*", name):
+            raise argparse.ArgumentTypeError(f"{name!r} is not the name of a tag")
+    return names
+
+
+def _separators(text: str) -> tuple[str, ...]:
+    found = tuple(re.sub(r"\\(.)", _unescaped, part) for part in re.split(r"(?<!\\),", text))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty separator")
+    return found
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return {"n": "\n", "t": "\t"}.get(found[1], found[1])
 
 
 def _positive(text: str) -> int:

@@ -74,17 +74,19 @@ class ChatTokenizer:
 
         An empty prompt becomes the begin token, so that there is something to continue.
         """
-        ids: list[int] = self._tokenizer.encode(text).ids
+        return self.encode_offsets(text)[0]
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_text`, with the characters that each token stands for; special ones have none."""
+        encoding = self._tokenizer.encode(text)
         begin = self._id("bos_token")
-        return ids if ids or begin is None else [begin]
+        return (encoding.ids, encoding.offsets) if encoding.ids or begin is None else ([begin], [(0, 0)])
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
         """Token ids of a conversation that waits for the assistant. Raises RequestError where the template refuses."""
-        text = self.render(messages, tools)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_rendered(self.render(messages, tools))[0]
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a conversation as `render` wrote it, and the characters that each token stands for."""

@@ -123,6 +123,12 @@ class LmcacheShelf:
         self._reap()
         return _Fetch(self, self._object(blob.key, blob.index), blob)
 
+    def tier(self, key: Key, index: int) -> Tier:
+        """See `Shelf`."""
+        if not self._slower or self.manager._l1_manager.get_object_state(self._object(key, index)) is not None:
+            return Tier.MEMORY
+        return self.slower(key)
+
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         """See `Shelf`."""
         names = [self._object(key, index) for index in range(len(blobs))]

@@ -93,6 +93,10 @@ class Shelf(Protocol):
         """Begin to fetch. Never blocks on I/O."""
         ...
 
+    def tier(self, key: Key, index: int) -> Tier:
+        """Where a blob would come from now, as far as that is known without asking anyone."""
+        ...
+
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         """Keep copies of uint8 [bytes] each, all or none; False: there is no room now.
 
@@ -141,6 +145,10 @@ class MemoryShelf:
             code = self._blobs.get((blob.key, blob.index))
             self._open += 1
         return _Here(self, code if code is not None and len(code) == blob.size else None)
+
+    def tier(self, key: Key, index: int) -> Tier:
+        """See `Shelf`."""
+        return Tier.MEMORY
 
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         """See `Shelf`."""

@@ -106,6 +106,7 @@ class Found:
     """A stored chunk, whose head was read and fits."""
 
     tier: Tier
+    """Where its parts are, as far as that is known."""
     codec: str
     size: int
     """Bytes to load."""
@@ -303,6 +304,11 @@ class Load:
     def done(self) -> bool:
         """Whether every byte is here, so that no layer will be waited for."""
         return all(piece is None or piece.done() for piece in self.pieces)
+
+    def tier(self, index: int) -> Tier:
+        """Where a wanted chunk came from so far, or its slowest part."""
+        piece = self.pieces[index]
+        return Tier.MEMORY if piece is None else piece.tier
 
     def note(self, index: int) -> bytes:
         """What was written down with a wanted chunk; nothing where it is not there."""
@@ -581,14 +587,15 @@ class KvStore:
 
     def _read(self, chunk: Chunk, ticket: Ticket) -> tuple[Found, Head] | None:
         """What a head that has come says; what is not good is removed."""
-        key, data, tier = self._key(chunk), ticket.code(), ticket.tier
+        key, data = self._key(chunk), ticket.code()
         reason = Lost.ABSENT
         try:
             if data is not None:
                 head = read_head(self.geometry, chunk, data)
                 with self._lock:
                     self._ledger.touch(key)
-                return Found(tier, head.codec, head.size), head
+                # Heads are small and stay in memory longer: where the parts are is what loading will take.
+                return Found(self._shelf.tier(key, 1), head.codec, head.size), head
         except Damaged:
             reason = Lost.DAMAGED
         except Foreign:

@@ -36,7 +36,7 @@ def choose(
     candidates: tuple[Attention, ...] = ("varlen", "triton") if wanted == "auto" else (wanted,)
     for name in candidates:
         try:
-            backend = _make(name, config, dtype, device)
+            backend = _make(name, config, dtype, device, block_size)
             if name != "sdpa":
                 prove(backend, config, dtype=dtype, device=device, block_size=block_size)
         except Unavailable as error:
@@ -121,12 +121,15 @@ def prove(
                 raise Unavailable(f"it differs from the plain backend by {error:.2g} ({mix})")
 
 
-def _make(name: Attention, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+def _make(
+    name: Attention, config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int
+) -> AttentionBackend:
     match name:
         case "sdpa" | "auto":
             return SdpaBackend()
         case "varlen":
-            return varlen.find(_for_gaps(config, dtype, device), dtype=dtype, device=device)
+            function = varlen.find(dtype=dtype, device=device)
+            return varlen.VarlenBackend(function, _for_gaps(config, dtype, device, block_size))
         case "triton":
             return _triton()(
                 heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
@@ -135,12 +138,15 @@ def _make(name: Attention, config: ModelConfig, dtype: torch.dtype, device: torc
             assert_never(never)
 
 
-def _for_gaps(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+def _for_gaps(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> AttentionBackend:
     """What computes the steps that varlen cannot."""
     try:
-        return _make("triton", config, dtype, device)
-    except Unavailable:
+        backend = _make("triton", config, dtype, device, block_size)
+        prove(backend, config, dtype=dtype, device=device, block_size=block_size)
+    except Unavailable as error:
+        log.info("prompts with reused chunks are computed by the plain backend: %s", error)
         return SdpaBackend()
+    return backend
 
 
 def _triton() -> Callable[..., AttentionBackend]:
@@ -155,25 +161,31 @@ _Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
 
 
 def _trials(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> Iterator[_Trial]:
-    """Steps that reach every kernel: prompts beside decodes, one long decode, and very many short ones."""
-    for mix in (
-        [(0, 70), (2 * block_size, 1), (block_size + 1, 33)],
-        [(1500, 1)],
-        [(block_size, 1)] * 300,
-    ):
-        yield _trial(mix, config, dtype, device, block_size)
+    """Steps that reach every kernel: prompts beside decodes, also with gaps, a long decode, and many short ones."""
+    prompts = [(0, 70), (2 * block_size, 1), (block_size + 1, 33)]
+    for mix, every in ((prompts, 1), (prompts, 3), ([(1500, 1)], 1), ([(block_size, 1)] * 300, 1)):
+        yield _trial(mix, every, config, dtype, device, block_size)
 
 
 def _trial(
-    mix: list[tuple[int, int]], config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int
+    mix: list[tuple[int, int]],
+    every: int,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
 ) -> _Trial:
-    """Sequences of (tokens in the pool, new tokens), over a pool of random numbers with their blocks in disorder."""
+    """Sequences of (tokens in the pool, new tokens), over a pool of random numbers with their blocks in disorder.
+
+    New tokens are the last of `every` so many; those between are in the pool.
+    """
     generator = torch.Generator().manual_seed(0)
     counts = tuple(count for _, count in mix)
-    totals = tuple(before + count for before, count in mix)
+    totals = tuple(before + every * count for before, count in mix)
+    firsts = tuple(before + every - 1 for before, _ in mix)
     width = -(-max(totals) // block_size)
     tables = torch.randperm(len(mix) * width, generator=generator).view(len(mix), width)
-    positions = torch.cat([torch.arange(total - count, total) for count, total in zip(counts, totals, strict=True)])
+    positions = torch.cat([torch.arange(first, total, every) for first, total in zip(firsts, totals, strict=True)])
     owners = torch.repeat_interleave(torch.arange(len(mix)), torch.tensor(counts))
     slots = tables[owners, positions // block_size] * block_size + positions % block_size
     ends = list(accumulate(counts))
@@ -196,5 +208,6 @@ def _trial(
         counts=counts,
         totals=totals,
         drawing=torch.tensor([end - 1 for end in ends], device=device),
+        firsts=firsts if every > 1 else None,
     )
     return packed, pool, turned[:, : config.heads], fresh

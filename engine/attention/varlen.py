@@ -81,13 +81,13 @@ class VarlenBackend:
         return seen
 
 
-def find(gaps: AttentionBackend, *, dtype: torch.dtype, device: torch.device) -> VarlenBackend:
-    """`gaps` as above. Raises Unavailable. Activates the FlashAttention that is made for the device, process-wide."""
+def find(*, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    """torch's function. Raises Unavailable. Activates the FlashAttention that is made for the device, process-wide."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         raise Unavailable(f"it needs CUDA and half precision, not {device.type} and {dtype}")
     function = _function()
     _activate("FA3" if torch.cuda.get_device_capability(device)[0] == 9 else "FA4")
-    return VarlenBackend(function, gaps)
+    return function
 
 
 def _function() -> Callable[..., Any]:

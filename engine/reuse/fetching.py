@@ -56,7 +56,7 @@ class Fetch:
         device: torch.device,
         patience: float,
     ) -> None:
-        """Begins; does not wait. `patience`: seconds for what is known of the chunks; the store's own is for the rest."""
+        """Begins; does not wait. `patience`: seconds for what is known of the chunks; the store's own holds after."""
         self.orders = tuple(orders)
         self._store, self._plan, self._changed, self._device, self._patience = store, plan, changed, device, patience
         self._arrived = threading.Condition()
@@ -140,6 +140,7 @@ class Fetch:
         return Source(found.tier, found.codec, found.size, plain)
 
     def _read(self, lookup: Lookup, chosen: dict[int, int]) -> None:
+        """Layer after layer of what is chosen."""
         load = self._store.prepare_load(lookup, chosen)
         try:
             for column, place in enumerate(sorted(chosen)):
@@ -154,4 +155,5 @@ class Fetch:
                     self._rows.append([None if piece is None else piece.to(self._device) for piece in row])
                     self._arrived.notify_all()
         finally:
+            self.tiers |= {chosen[place]: load.tier(column) for column, place in enumerate(sorted(chosen))}
             self._store.complete_load(load)

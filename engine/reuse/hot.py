@@ -20,7 +20,12 @@ class Held:
     @property
     def size(self) -> int:
         """Bytes of its keys and values."""
-        return sum(layer.numel() * layer.element_size() for layer in self.chunk.layers)
+        return size_of(self.chunk)
+
+
+def size_of(chunk: ChunkKv) -> int:
+    """Bytes of a chunk's keys and values."""
+    return sum(layer.numel() * layer.element_size() for layer in chunk.layers)
 
 
 class Hot:

@@ -50,11 +50,11 @@ class Refinement:
 class Check:
     """A prompt whose first token is to be compared."""
 
-    blended: Blended
+    tokens: Sequence[int]
     served: Tensor
     """Scores [V] that its answer was begun with."""
-    was_blended: bool
-    """Whether they come from a blended prefill; else from a full one."""
+    unused: Blended | None = None
+    """What was not placed, where the answer was computed in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class IdleJobs:
         self._refinements: OrderedDict[Text, Refinement] = OrderedDict()
         self._checks: deque[Check] = deque(maxlen=_MOST_CHECKS)
         self._job: Iterator[None] | None = None
+        self._refining: Text | None = None
 
     def __len__(self) -> int:
         """Jobs that wait or are under way."""
@@ -91,6 +92,8 @@ class IdleJobs:
 
     def refine(self, refinement: Refinement) -> None:
         """To be done; not twice at the same time."""
+        if refinement.text == self._refining:
+            return
         self._refinements.setdefault(refinement.text, refinement)
         if len(self._refinements) > _MOST_REFINEMENTS:
             self._refinements.popitem(last=False)
@@ -115,12 +118,13 @@ class IdleJobs:
 
     def _next(self) -> Iterator[None] | None:
         if self._checks:
-            return self._checking(self._checks.popleft())
+            return self._check(self._checks.popleft())
         if self._refinements:
-            return self._refining(self._refinements.popitem(last=False)[1])
+            return self._refine(self._refinements.popitem(last=False)[1])
         return None
 
-    def _refining(self, job: Refinement) -> Iterator[None]:
+    def _refine(self, job: Refinement) -> Iterator[None]:
+        self._refining = job.text
         others = self._others(job.text, ELSEWHERE) or [_backwards(job.tokens)]
         before: list[tuple[int, ...]] = [(*job.head, *other[: 2 * PIECE]) for other in others]
         match self._stored:
@@ -139,18 +143,18 @@ class IdleJobs:
             versions.append(trial.taken(whole, len(after), len(whole)))
         self._refined(job, averaged(versions) if self._stored == "mean" else measured(versions[0], versions[1:]))
 
-    def _checking(self, job: Check) -> Iterator[None]:
-        prompt = job.blended.prompt
-        trial = Trial(self._checkpoint, len(prompt.tokens))
-        if job.was_blended:
-            other = job.served
-            for other in trial.pieces(prompt.tokens, PIECE):
-                yield
-            full, blended = other, job.served
-        else:
-            full, blended = job.served, trial.blend(prompt, job.blended.selector, 1)
+    def _check(self, job: Check) -> Iterator[None]:
+        trial = Trial(self._checkpoint, len(job.tokens))
+        if job.unused is not None:
+            blended = trial.blend(job.unused.prompt, job.unused.selector, 1)
             yield
-        self._compared(compared(full, blended))
+            self._compared(compared(job.served, blended))
+            return
+        full = job.served
+        for piece in trial.pieces(job.tokens, PIECE):
+            full = piece
+            yield
+        self._compared(compared(full, job.served))
 
 
 def compared(full: Tensor, blended: Tensor) -> Compared:

@@ -36,6 +36,24 @@ class Match:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkStored:
+    """A text's keys and values are stored from now on, whoever's they are."""
+
+    name: bytes
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRemoved:
+    """They are not any more."""
+
+    name: bytes
+
+
+ChunkEvent = ChunkStored | ChunkRemoved
+
+
 def text_of(owner: str, tokens: Sequence[int]) -> Text:
     """The identity of these tokens."""
     return Text(owner, blake2b(struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest())

@@ -116,9 +116,7 @@ class StepBlend:
             counts[index] = len(self._left[index])
         if sum(counts) == len(stays):
             return None
-        firsts = list(
-            packed.firsts or (total - count for total, count in zip(packed.totals, packed.counts, strict=True))
-        )
+        firsts = list(packed.firsts or map(operator.sub, packed.totals, packed.counts))
         for index, left in self._left.items():
             firsts[index] = int(left[0])
         kept = stays.nonzero()[:, 0]

@@ -46,19 +46,25 @@ def sample(
     mix: list[tuple[int, int]],
     *,
     layout: Layout = "scattered",
+    every: int = 1,
     seed: int = 0,
     device: str = "cpu",
 ) -> Sample:
-    """Sequences of (tokens already in the pool, new tokens), in this order."""
+    """Sequences of (tokens already in the pool, new tokens), in this order.
+
+    New tokens are the last of `every` so many; those between are in the pool too.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = shape.block_size
     counts = tuple(count for _, count in mix)
-    totals = tuple(before + count for before, count in mix)
+    totals = tuple(before + every * count for before, count in mix)
+    firsts = tuple(before + every - 1 for before, _ in mix)
+    mix = [(before, total - before) for (before, _), total in zip(mix, totals, strict=True)]
     rows = _tables(mix, size, layout, generator)
     blocks = 1 + max(block for row in rows for block in row)
     width = max(len(row) for row in rows) + 1
     tables = torch.tensor([row + [blocks - 1] * (width - len(row)) for row in rows], dtype=torch.int32)
-    positions = torch.cat([torch.arange(total - count, total) for count, total in zip(counts, totals, strict=True)])
+    positions = torch.cat([torch.arange(first, total, every) for first, total in zip(firsts, totals, strict=True)])
     owners = torch.repeat_interleave(torch.arange(len(mix)), torch.tensor(counts))
     slots = tables[owners, positions // size].long() * size + positions % size
     ends = list(accumulate(counts))
@@ -81,6 +87,7 @@ def sample(
         counts=counts,
         totals=totals,
         drawing=torch.tensor([end - 1 for end in ends]).to(device),
+        firsts=firsts if every > 1 else None,
     )
     return Sample(packed, pool, turned[:, : shape.heads], fresh)
 
@@ -116,7 +123,7 @@ def expected(shape: Shape, step: Sample) -> Tensor:
         queries = step.queries[end - count : end].double()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(shape.dim)
         at = torch.arange(total, device=scores.device)
-        distance = at[total - count :, None] - at[None]
+        distance = packed.positions[end - count : end, None] - at[None]
         seen = (distance >= 0) & (distance < (shape.window or total))
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
         pieces.append(torch.einsum("hqk,khd->qhd", weights, values))

@@ -41,7 +41,7 @@ def triton(shape: Shape) -> AttentionBackend:
 
 
 def varlen(shape: Shape) -> AttentionBackend:
-    return VarlenBackend(documented_varlen)
+    return VarlenBackend(documented_varlen, SdpaBackend())
 
 
 def documented_varlen(
@@ -108,6 +108,7 @@ counts = st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integers(1, 20))
     dim=st.sampled_from([16, 64, 96, 128]),
     block_size=st.sampled_from([4, 8, 16, 32]),
     window=st.sampled_from([None, 1, 5, 33]),
+    every=st.sampled_from([1, 1, 2, 5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
@@ -120,17 +121,19 @@ def test_any_mix(
     dim: int,
     block_size: int,
     window: int | None,
+    every: int,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     if not runs(make, dtype):
         dtype = torch.float16
     shape = Shape(kv_heads, group, dim, block_size, window, dtype)
-    agrees(make, shape, sample(shape, mix, layout=layout, seed=seed, device=DEVICE))
+    agrees(make, shape, sample(shape, mix, layout=layout, every=every, seed=seed, device=DEVICE))
 
 
 @pytest.mark.parametrize("make", BACKENDS)
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize(
     "mix",
     [
@@ -140,9 +143,9 @@ def test_any_mix(
         [(250, 1), (0, 70), (130, 1), (3, 40)],  # both
     ],
 )
-def test_across_tiles(make: Make, mix: list[tuple[int, int]], window: int | None) -> None:
+def test_across_tiles(make: Make, mix: list[tuple[int, int]], every: int, window: int | None) -> None:
     shape = Shape(kv_heads=1, group=4, dim=64, block_size=16, window=window)
-    agrees(make, shape, sample(shape, mix, layout="shared", device=DEVICE))
+    agrees(make, shape, sample(shape, mix, layout="shared", every=every, device=DEVICE))
 
 
 def test_every_key_position_between_tiles() -> None:

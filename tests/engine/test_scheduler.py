@@ -9,9 +9,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 
+from engine.attention import KvPool
 from engine.blocks import BlockManager
 from engine.errors import ContextTooLong, QueueFull, RequestError
+from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler, Step
 from engine.sequence import Sequence, State
 from tests.engine.shadow import Engine, sequence
@@ -363,6 +366,103 @@ def test_an_overdue_child_of_a_later_parent_blocks_nobody() -> None:
     engine.add(parent, sequence(range(9), parent=parent), sequence(unlike(3)))
     engine.now += 10
     engine.run()
+
+
+class Coming:
+    """Chunks on their way, of which nothing is used in the end."""
+
+    def __init__(self, *, needed: bool = False) -> None:
+        self.coming, self.needed, self.released_times = True, needed, 0
+
+    def held(self, idle: bool) -> bool:
+        return self.coming and (self.needed or not idle)
+
+    def admitted(self, sequence: Sequence) -> None:
+        return None
+
+    def released(self, sequence: Sequence) -> None:
+        self.released_times += 1
+
+    def prefilled(self, sequence: Sequence, pool: KvPool, slots: Tensor) -> None:
+        raise AssertionError("nobody computes here")
+
+
+def holding(prompt: list[int], chunks: Coming, max_tokens: int = 4) -> Sequence:
+    return Sequence(prompt, SamplingParams(max_tokens=max_tokens), salt="reuse", reuse=chunks)
+
+
+def test_who_waits_for_chunks_is_passed_over_and_blocks_nobody() -> None:
+    engine = Engine(total=200)
+    chunks = Coming()
+    held = holding(unlike(3), chunks)
+    engine.add(held, *[sequence(unlike(10), max_tokens=3) for _ in range(3)])
+    while engine.scheduler.depth() != (0, 1):
+        engine.step()
+        assert held not in engine.admitted
+    engine.step()  # nobody else is left
+    assert held in engine.admitted
+    chunks.coming = False
+    engine.run()
+    assert chunks.released_times == 1
+
+
+def test_who_waits_for_chunks_goes_on_when_they_are_there() -> None:
+    engine = Engine(total=200)
+    chunks = Coming()
+    held = holding(unlike(3), chunks)
+    engine.add(sequence(unlike(3), max_tokens=60), held)
+    for _ in range(5):
+        engine.step()
+    assert engine.scheduler.depth() == (1, 1)
+    chunks.coming = False
+    engine.step()
+    assert held in engine.admitted
+    engine.run()
+
+
+def test_of_those_who_wait_for_chunks_one_goes_first_when_nobody_runs() -> None:
+    engine = Engine(total=200)
+    rows = [holding(unlike(3), Coming(), max_tokens=1) for _ in range(3)]
+    engine.add(*rows)
+    for left in (2, 1, 0):
+        engine.step()
+        assert engine.scheduler.depth() == (0, left)
+
+
+def test_who_waits_for_chunks_is_not_overtaken_for_ever() -> None:
+    """Overdue it is admitted, whatever has come; and so is one that is worth waiting for even when nobody runs."""
+    engine = Engine(total=10, size=4, max_running=2, patience=20.0)
+    held = holding(unlike(30), Coming(needed=True), max_tokens=2)
+    engine.add(held)
+    assert engine.step() is None
+    assert engine.scheduler.depth() == (0, 1)
+    later: list[Sequence] = []
+    for _ in range(60):
+        later.append(sequence(unlike(8), max_tokens=4))
+        engine.add(later[-1])
+        engine.step()
+    assert held.state is State.FINISHED
+    overtook = engine.admitted[: engine.admitted.index(held)]
+    assert overtook
+    assert all(one.arrived < held.arrived + 20.0 for one in overtook)
+    engine.scheduler.cancel(later)
+    engine.run()
+
+
+def test_chunks_are_let_go_of_with_the_blocks() -> None:
+    engine = Engine(total=6, size=2, max_running=2)
+    first, chunks = sequence(unlike(3), max_tokens=9), Coming()
+    chunks.coming = False
+    second = holding(unlike(4), chunks, max_tokens=8)
+    waiting = Coming()
+    engine.add(first, second, third := holding(unlike(3), waiting))
+    while not second.preemptions:
+        engine.step()
+    assert chunks.released_times == 1
+    engine.scheduler.cancel([third])
+    assert waiting.released_times == 1
+    engine.run()
+    assert chunks.released_times == second.preemptions + 1
 
 
 def test_all_or_none_are_added() -> None:

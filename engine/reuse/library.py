@@ -1,0 +1,367 @@
+"""The chunks of all prompts: found where they stand again, fetched, and kept when they were computed.
+
+`Library` is what the runner asks; `Borrowing` is what one prompt has of it. Three tiers answer: decoded chunks on the
+model's device (`hot`), the store below (`cachestore.kv`), and, in it, whatever it is opened on.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
+from cachestore.kv.controller import Controller, Plan, Source, Wanted
+from engine.attention import KvPool
+from engine.checkpoint import Checkpoint
+from engine.reuse.borrowing import Borrowing, Want
+from engine.reuse.chunks import ChunkKv
+from engine.reuse.fetching import Fetch, Order
+from engine.reuse.figures import Figures
+from engine.reuse.gate import Gate
+from engine.reuse.hot import Held, Hot, size_of
+from engine.reuse.idle import Check, Compared, IdleJobs, Refinement
+from engine.reuse.known import ChunkEvent, ChunkRemoved, ChunkStored, Known, Match, Text, text_of
+from engine.reuse.placing import take
+from engine.reuse.point import OperatingPoint
+from engine.reuse.writing import REFINED, SEEN, note_of, read_note, stacked
+from engine.runner import Job
+from engine.sequence import Sequence as Row
+from engine.sequence import Used
+
+MOST_KNOWN = 2_000_000
+"""Tokens of texts that are found without their name; about a hundred bytes each."""
+
+_POOL = "pool"
+"""Who holds what is hot."""
+_READERS = 4
+"""Requests whose chunks are fetched at the same time."""
+_RECALLED = 16
+"""Heads read at a time when an earlier process's chunks are looked through."""
+
+_log = logging.getLogger("hitpath.engine")
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Written by the worker."""
+
+    prompts: int = 0
+    placed: int = 0
+    kept: int = 0
+    recomputed: int = 0
+    refined: int = 0
+    failures: int = 0
+    hot: Counter[str] = field(default_factory=Counter)
+
+
+class Library:
+    """See the module. `begin`, and what it hands out, belong to the runner; `close` comes after the runner's."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        point: OperatingPoint,
+        *,
+        open_store: Callable[[Callable[[Happening], None]], KvStore],
+        hot: int,
+        known: Callable[[Row], int],
+        tell: Callable[[ChunkEvent], None] | None = None,
+        patience: float = 5.0,
+        seed: int | None = None,
+    ) -> None:
+        """`open_store` is given whom it must tell. `hot`: bytes of decoded chunks. `known`: leading tokens of a
+        sequence that need not be looked for, asked with the runner's lock held. `seed`: of which prompts are checked.
+        """
+        self.checkpoint, self.point = checkpoint, point
+        self._known_prefix, self._emit, self._patience = known, tell, patience
+        self._wake: Callable[[], None] = _nobody
+        self.gate = Gate(point.most_loss, point.least_agreement)
+        self.hot, self.known = Hot(hot), Known(MOST_KNOWN)
+        self._controller, self._controlled = Controller(), threading.Lock()
+        self._random = random.Random(seed)
+        self._counts = _Counts()
+        self.idle_jobs = IdleJobs(
+            checkpoint, point.stored, others=self.known.others, refined=self._take_refined, compared=self._take_compared
+        )
+        self._worse: dict[Text, Chunk] = {}
+        """What goes when the refined version is stored."""
+        self._keys: dict[Key, tuple[Text, str]] = {}
+        self._books = threading.Lock()
+        self._closed = threading.Event()
+        self._checked = True
+        """Whether nothing has happened since the books were checked."""
+        self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=_one_thread)
+        self.store = open_store(self._happened)
+
+    def open(self, wake: Callable[[], None]) -> None:
+        """Begin. `wake`: see `engine.sequence.Reuse`."""
+        self._wake = wake
+        self._readers.submit(self._recall)
+
+    # -- the runner's side
+
+    def begin(self, job: Job, row: Row) -> None:
+        """See `engine.runner.Library`."""
+        if job.exact or job.prompt_logprobs:
+            return
+        self._checked = False
+        # What was computed before reuse was switched off and on again is left to those who saw it.
+        row.salt = f"reuse{self.gate.figures().closings}/{row.salt}"
+        if row.parent is None:
+            matches = self._matches(job, row)
+            if matches or job.spans:
+                row.reuse = self._borrowing(job, row, matches)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A step computed so many tokens in so many seconds."""
+        with self._controlled:
+            self._controller.computed(tokens, seconds)
+
+    def idle(self) -> bool:
+        """Do a piece of what waits for such a moment; whether there was any. Only on the worker's thread."""
+        if self._closed.is_set() or self.idle_jobs.step():
+            return not self._closed.is_set()
+        if not self._checked:
+            self._checked = True
+            self._readers.submit(self._check_books)  # which may take a moment, and a request may come
+        return False
+
+    def check(self) -> list[str]:
+        """What does not add up; empty is good. For when nothing runs."""
+        return [*self.store.check(), *self.hot.check(), *self.known.check()]
+
+    def _check_books(self) -> None:
+        if wrong := self.check():
+            self._counts.failures += 1
+            _log.error("the chunks' books are wrong: %s", "; ".join(wrong))
+
+    def close(self) -> None:
+        """End what goes on, write what waits to be written."""
+        self._closed.set()
+        self._readers.shutdown(cancel_futures=True)
+        self.store.close()
+
+    def figures(self) -> Figures:
+        """See `Figures`."""
+        counts = self._counts
+        return Figures(
+            store=self.store.stats(),
+            gate=self.gate.figures(),
+            hot_chunks=len(self.hot),
+            hot_bytes=self.hot.used,
+            hot_hits=counts.hot["hits"],
+            hot_read=counts.hot["bytes"],
+            prompts=counts.prompts,
+            placed=counts.placed,
+            kept=counts.kept,
+            recomputed=counts.recomputed,
+            refined=counts.refined,
+            known=len(self.known),
+            waiting=len(self.idle_jobs),
+            check_failures=counts.failures,
+        )
+
+    # -- a prompt's side
+
+    def keep(self, job: Job, chunk: ChunkKv) -> None:
+        """Take in what a prompt computed of a marked text."""
+        text = self.text(job, chunk.tokens)
+        self._warm(text, Held(chunk, refined=False))
+        self._store(Chunk(chunk.tokens, job.tenant, SEEN), chunk, refined=False)
+        self.refine(Match(text, chunk.tokens, 0, 0, 0), job)
+
+    def taken(self, pool: KvPool, slots: Tensor, start: int, stop: int, prompt: Sequence[int]) -> ChunkKv:
+        """Tokens `start` to `stop` of a prompt that is in the pool, as a chunk."""
+        layers = take(pool, slots[start:stop], self.checkpoint.model.rope, start, len(prompt))
+        return ChunkKv(tuple(prompt[start:stop]), layers, before=start, span=len(prompt))
+
+    def fetched(self, fetch: Fetch, index: int) -> ChunkKv | None:
+        """What came whole, from now on hot as well."""
+        chunk, noted = fetch.chunk(index), fetch.note(index)
+        if chunk is not None and noted is not None:
+            self._warm(fetch.orders[index].text, Held(chunk, noted.refined))
+        return chunk
+
+    def refine(self, match: Match, job: Job) -> None:
+        """Have a text computed again when there is time, unless it was."""
+        held = self.hot.get(match.text)
+        if REFINED in self.known.holders(match.text) or (held is not None and held.refined):
+            return
+        first = min((start for start, _ in job.spans), default=0)
+        self.idle_jobs.refine(Refinement(match.text, match.tokens, job.tenant, tuple(job.prompt[:first])))
+
+    def text(self, job: Job, tokens: Sequence[int]) -> Text:
+        """How a text of this job's owner is called."""
+        return text_of(salt(job.tenant), tokens)
+
+    def count(self, used: Used, hot: Sequence[ChunkKv]) -> None:
+        """A prompt was computed with chunks, of which these were hot."""
+        counts = self._counts
+        counts.prompts += 1
+        counts.placed += used.chunks
+        counts.kept += used.kept
+        counts.recomputed += used.recomputed
+        counts.hot["hits"] += len(hot)
+        counts.hot["bytes"] += sum(size_of(chunk) for chunk in hot)
+
+    def sampled(self) -> bool:
+        """Whether a prompt is to be checked."""
+        return self._random.random() < self.point.check_share
+
+    def compare(self, check: Check) -> None:
+        """Have it checked when there is time."""
+        self.idle_jobs.check(check)
+
+    # -- finding
+
+    def _matches(self, job: Job, row: Row) -> list[Match]:
+        """Known texts in the prompt behind what needs not be computed, and marked ones that may be stored."""
+        owner, first, least = salt(job.tenant), self._known_prefix(row), max(1, self.point.least // 2)
+        found = list(self.known.find(owner, row.prompt, first, least))
+        for start, stop in job.spans:
+            if start < first or any(match.start < stop and start < match.stop for match in found):
+                continue
+            tokens = tuple(row.prompt[start:stop])
+            if any(self.store.may_have(chunk) for chunk in _versions(tokens, job.tenant)):
+                found.append(Match(text_of(owner, tokens), tokens, start, stop, 0))
+        return sorted(found, key=lambda match: match.start)
+
+    def _borrowing(self, job: Job, row: Row, matches: Sequence[Match]) -> Borrowing:
+        wants: list[Want] = []
+        orders: list[Order] = []
+        for match in matches:
+            held = self.hot.get(match.text)
+            if held is None:
+                versions = tuple(c for c in _versions(match.tokens, job.tenant) if self.store.may_have(c))
+                if not versions:
+                    continue
+                orders.append(Order(match.text, versions, match.stop - match.start))
+            wants.append(Want(match, held, len(orders) - 1 if held is None else None))
+        rest = len(row.prompt) - self._known_prefix(row) - sum(order.count for order in orders)
+        fetch = self._fetch(orders, rest) if orders else None
+        return Borrowing(self, job, wants, fetch)
+
+    def _fetch(self, orders: Sequence[Order], rest: int) -> Fetch:
+        def plan(wanted: Sequence[Wanted]) -> Plan:
+            with self._controlled:
+                return self._controller.plan(wanted, rest=max(0, rest), least=self.point.ratio)
+
+        return Fetch(
+            self.store,
+            orders,
+            plan,
+            executor=self._readers,
+            changed=self._wake,
+            device=self.checkpoint.device,
+            patience=self._patience,
+        )
+
+    # -- keeping
+
+    def _warm(self, text: Text, held: Held) -> None:
+        self.known.add(text, held.chunk.tokens, _POOL)
+        for gone in self.hot.put(text, held):
+            self.known.remove(gone, _POOL)
+
+    def _store(self, chunk: Chunk, kv: ChunkKv, *, refined: bool) -> bool:
+        """Whether it was taken; never waits."""
+        slot = self.store.prepare_store(chunk, self.point.codec)
+        if not isinstance(slot, Slot):
+            return False
+        self.store.complete_store(slot, stacked(kv), importance=kv.sensitivity, note=note_of(kv, refined=refined))
+        return True
+
+    def _happened(self, event: Happening) -> None:
+        """What the store tells, on any thread."""
+        match event:
+            case Transfer():
+                source = Source(event.tier, event.codec, event.size, event.plain)
+                with self._controlled:
+                    self._controller.transferred(source, event.reading, event.decoding)
+            case Kept():
+                self._now_kept(event)
+            case Gone():
+                self._now_gone(event.key)
+
+    def _now_kept(self, event: Kept) -> None:
+        noted = read_note(event.note, len(event.tokens))
+        text, holder = text_of(event.key[0], event.tokens), REFINED if noted.refined else SEEN
+        with self._books:
+            self._keys[event.key] = (text, holder)
+            worse = self._worse.pop(text, None) if noted.refined else None
+        first = not self.known.holders(text) & {SEEN, REFINED}
+        self.known.add(text, event.tokens, holder)
+        if first and self._emit is not None:
+            self._emit(ChunkStored(_told(text), event.tokens))
+        if worse is not None:
+            self.store.discard(worse)
+
+    def _now_gone(self, key: Key) -> None:
+        with self._books:
+            entry = self._keys.pop(key, None)
+        if entry is None:
+            return
+        text, holder = entry
+        self.known.remove(text, holder)
+        if not self.known.holders(text) & {SEEN, REFINED} and self._emit is not None:
+            self._emit(ChunkRemoved(_told(text)))
+
+    def _recall(self) -> None:
+        """Get to know what an earlier process left, beside everything else."""
+        try:
+            while not self._closed.is_set() and self.store.recall(_RECALLED):
+                time.sleep(0)
+        except Exception:  # what is not recalled is still found by name
+            _log.exception("stored chunks could not be looked through")
+
+    # -- background jobs' results
+
+    def _take_refined(self, job: Refinement, chunk: ChunkKv) -> None:
+        self._counts.refined += 1
+        self._warm(job.text, Held(chunk, refined=True))
+        with self._books:
+            self._worse[job.text] = Chunk(job.tokens, job.tenant, SEEN)
+        if not self._store(Chunk(job.tokens, job.tenant, REFINED), chunk, refined=True):
+            with self._books:
+                self._worse.pop(job.text, None)
+
+    def _take_compared(self, compared: Compared) -> None:
+        if not self.gate.observe(compared.kl, compared.agrees):
+            return
+        figures = self.gate.figures()
+        if figures.open:
+            _log.warning("chunks are reused again: checks find no more loss than the operating point allows")
+        else:
+            _log.warning(
+                "chunks are reused no more: checks find more loss than the operating point allows (%s nats); "
+                "calibrate the model anew",
+                self.point.most_loss,
+            )
+
+
+def _versions(tokens: tuple[int, ...], tenant: str) -> tuple[Chunk, Chunk]:
+    """What a text is stored as, the best first."""
+    return Chunk(tokens, tenant, REFINED), Chunk(tokens, tenant, SEEN)
+
+
+def _told(text: Text) -> bytes:
+    """A text's name for those who are not to know which owners have the same one."""
+    return blake2b(text.owner.encode() + text.digest, digest_size=16).digest()
+
+
+def _nobody() -> None:
+    """Nobody waits yet."""
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

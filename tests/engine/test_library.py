@@ -1,0 +1,222 @@
+"""Chunks of prompts through the runner: found, fetched, placed, kept, refined, checked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachestore.kv import Lost, Tier
+from engine.checkpoint import Checkpoint, load_checkpoint
+from engine.reuse.known import ChunkRemoved, ChunkStored
+from tests.engine import checkpoints
+from tests.engine.library import Rig, document, folder, prompt_of, rig
+
+ONE, TWO, THREE = document(1), document(2), document(3, 120)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoints.write(directory, max_position_embeddings=4096)
+    return load_checkpoint(directory, name="tiny")
+
+
+@pytest.fixture
+def reusing(checkpoint: Checkpoint) -> Iterator[Rig]:
+    with rig(checkpoint) as made:
+        yield made
+
+
+def asked(made: Rig, *parts: list[int], **settings: object) -> tuple[int, str]:
+    prompt, spans = prompt_of(*parts)
+    return made.ask(prompt, *spans, **settings).chunks  # type: ignore[arg-type]
+
+
+def test_documents_in_another_order_are_reused(reusing: Rig) -> None:
+    prompt, spans = prompt_of(ONE, TWO)
+    cold = reusing.ask(prompt, *spans)
+    assert (cold.chunks, cold.prompted.cached) == ((0, "none"), 0)
+    prompt, spans = prompt_of(TWO, ONE)
+    warm = reusing.ask(prompt, *spans)
+    assert warm.chunks == (2, "pool")
+    assert warm.prompted.cached == 0
+    again = round(0.15 * len(ONE)) + round(0.15 * len(TWO))
+    assert warm.prompted.used.recomputed == again
+    assert warm.prompted.used.kept == warm.prompted.kept == len(ONE) + len(TWO) - again
+    figures = reusing.library.figures()
+    assert (figures.prompts, figures.placed, figures.kept, figures.recomputed) == (1, 2, warm.prompted.kept, again)
+    assert figures.hot_hits == 2
+
+
+def test_with_everything_computed_again_answers_are_those_without_reuse(checkpoint: Checkpoint) -> None:
+    orders = [(ONE, TWO, THREE), (THREE, ONE, TWO), (TWO, ONE), (THREE, THREE)]
+    with rig(checkpoint, selector="full") as made:
+        prompts = [prompt_of(*order) for order in orders]
+        blended = [made.ask(prompt, *spans, count=12) for prompt, spans in prompts]
+        exact = [made.ask(prompt, *spans, count=12, exact=True) for prompt, spans in prompts]
+    assert [answer.tokens for answer in blended] == [answer.tokens for answer in exact]
+    assert [answer.chunks[0] for answer in blended] == [0, 3, 2, 1]  # the last begins like the second
+    assert [answer.prompted.kept for answer in blended] == [0] * 4
+    assert all(answer.chunks == (0, "none") for answer in exact)
+
+
+def test_what_is_known_exactly_goes_first(reusing: Rig) -> None:
+    prompt, spans = prompt_of(ONE, TWO)
+    reusing.ask(prompt, *spans)
+    answer = reusing.ask([*prompt, *THREE, *ONE, 4], *spans)
+    assert answer.prompted.cached >= len(prompt) // 16 * 16
+    assert answer.chunks == (1, "pool")  # ONE once more, behind what is known
+
+
+def test_runs_that_nobody_marked_are_found_wherever_they_begin(reusing: Rig) -> None:
+    prompt, spans = prompt_of(ONE, THREE)
+    reusing.ask(prompt, *spans)
+    answer = reusing.ask([7, 7, *THREE[10:110], 8, 8, *ONE[:15], 9])  # of ONE too little
+    assert answer.chunks == (1, "pool")
+    assert answer.prompted.used.kept + answer.prompted.used.recomputed == 100
+
+
+def test_tenants_do_not_see_each_others_chunks(reusing: Rig) -> None:
+    assert asked(reusing, ONE, TWO, tenant="a")[0] == 0
+    assert asked(reusing, TWO, ONE, tenant="b")[0] == 0
+    assert asked(reusing, TWO, ONE, tenant="a") == (2, "pool")
+
+
+def test_who_wants_it_exact_neither_reuses_nor_meets_what_was_reused(reusing: Rig) -> None:
+    prompt, spans = prompt_of(ONE, TWO)
+    reusing.ask(prompt, *spans)
+    prompt, spans = prompt_of(TWO, ONE)
+    reusing.ask(prompt, *spans)
+    exact = reusing.ask(prompt, *spans, exact=True)
+    assert (exact.chunks, exact.prompted.cached) == ((0, "none"), 0)
+    assert reusing.ask(prompt, *spans, exact=True).prompted.cached > 0
+    assert reusing.ask(prompt, *spans).prompted.cached > 0  # its own kind
+
+
+def test_what_is_not_hot_comes_from_the_store(checkpoint: Checkpoint) -> None:
+    with rig(checkpoint, hot=0) as made:
+        assert asked(made, ONE, TWO)[0] == 0
+        made.settled()
+        assert made.library.figures().store.chunks == 2
+        assert asked(made, TWO, ONE) == (2, "memory")
+        assert made.library.figures().store.hits == {Tier.MEMORY: 2}
+        assert {type(event) for event in made.told} == {ChunkStored}
+        assert {event.tokens for event in made.told if isinstance(event, ChunkStored)} == {tuple(ONE), tuple(TWO)}
+
+
+def test_of_what_was_reused_nothing_is_stored(reusing: Rig) -> None:
+    asked(reusing, ONE, TWO)
+    asked(reusing, TWO, ONE, THREE)
+    reusing.settled()
+    figures = reusing.library.figures()
+    assert figures.store.stored - figures.refined == figures.store.chunks == 3
+
+
+def test_what_the_store_evicts_is_forgotten(checkpoint: Checkpoint) -> None:
+    size = 100 * checkpoint.config.layers * 2 * checkpoint.config.kv_heads * checkpoint.config.head_dim * 4 + 4096
+    with rig(checkpoint, hot=0, capacity=size) as made:
+        for part in (ONE, TWO):
+            asked(made, part)
+            made.settled()
+        assert len(made.library.known) == 1
+        assert asked(made, ONE, THREE[:40]) == (0, "none")
+        made.settled()
+        assert any(isinstance(event, ChunkRemoved) for event in made.told)
+
+
+def test_an_earlier_process_left_chunks_for_marked_and_unmarked_texts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hitpath[tiers]'")
+    with rig(checkpoint, tiers=folder(tmp_path)) as made:
+        asked(made, ONE, TWO, tenant="a")
+        made.settled()
+    with rig(checkpoint, tiers=folder(tmp_path)) as made:
+        made.settled(lambda: len(made.library.known) == 2)
+        prompt, spans = prompt_of(TWO)
+        assert made.ask([*prompt, *ONE, 1], *spans, tenant="a").chunks == (2, "disk")
+        assert asked(made, ONE, tenant="b")[0] == 0
+        path = next(path for path in sorted(tmp_path.glob("*/*.data")) if path.name.split("@")[2] == "1")
+        shutil.rmtree(path.parent)
+    # The store closes; the next finds nothing, and says so by computing.
+    with rig(checkpoint, tiers=folder(tmp_path)) as made:
+        assert asked(made, ONE, TWO, tenant="a") == (0, "none")
+
+
+def test_damaged_files_are_computed_and_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hitpath[tiers]'")
+    with rig(checkpoint, tiers=folder(tmp_path), selector="full") as made:
+        prompt, spans = prompt_of(ONE, TWO)
+        expected = made.ask(prompt, *spans).tokens
+        made.settled()
+    for path in tmp_path.glob("*/*.data"):
+        if path.name.split("@")[2] != "0":
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
+    with rig(checkpoint, tiers=folder(tmp_path), selector="full") as made:
+        made.settled(lambda: len(made.library.known) == 2)
+        answer = made.ask(prompt, *spans)
+        assert answer.tokens == expected
+        assert answer.chunks == (0, "none")
+        made.settled()
+        assert made.library.figures().store.lost == {Lost.DAMAGED: 2}
+
+
+@pytest.mark.parametrize("stored", ["seen", "alone", "head", "mean"])
+def test_when_there_is_time_chunks_are_refined(checkpoint: Checkpoint, stored: str) -> None:
+    with rig(checkpoint, stored=stored, selector="sensitive", hot=0) as made:
+        asked(made, ONE, TWO)
+        made.settled(lambda: made.library.figures().refined == 2)
+        made.settled(lambda: made.library.figures().store.chunks == 2)
+        prompt, spans = prompt_of(TWO, ONE)
+        answer = made.ask(prompt, *spans)
+        assert answer.chunks == (2, "memory")
+        assert answer.prompted.used.recomputed == round(0.15 * (len(ONE) + len(TWO)))
+        made.settled()
+        assert made.library.figures().refined == 2
+
+
+def test_checks_switch_reuse_off_when_it_loses_too_much(checkpoint: Checkpoint) -> None:
+    with rig(checkpoint, selector="none", most_loss=1e-9, check_share=1.0) as made:
+        asked(made, ONE, TWO, THREE)
+        asked(made, THREE, TWO, ONE)
+        for place in range(200):
+            prompt, _ = prompt_of(THREE, TWO, ONE)
+            made.ask([place % 250, place // 250, *prompt], count=1)
+            made.settled()
+            if not made.library.gate.open:
+                break
+        figures = made.library.figures()
+        assert (figures.gate.open, figures.gate.closings) == (False, 1)
+        checks = figures.gate.checks
+        assert asked(made, TWO, THREE, ONE, TWO) == (0, "none")
+        made.settled()
+        assert made.library.figures().gate.checks == checks + 1  # they go on
+
+
+def test_answers_given_up_leave_nothing_behind(checkpoint: Checkpoint) -> None:
+    with rig(checkpoint, hot=0) as made:
+        asked(made, ONE, TWO)
+        made.settled()
+        prompt, spans = prompt_of(TWO, ONE)
+        for _ in range(20):
+            made.submit(prompt, *spans, count=1000)
+            with made.runner._changed:
+                jobs = list(made.runner._rows)
+            made.runner.cancel(jobs)
+        assert asked(made, TWO, ONE)[0] <= 2  # it may know the prefix by now
+        made.settled()
+        assert made.library.store.check() == []
+
+
+def test_many_at_once_get_what_they_get_alone(checkpoint: Checkpoint) -> None:
+    orders = [(ONE, TWO), (TWO, ONE), (THREE, ONE), (TWO, THREE), (ONE, THREE, TWO)]
+    with rig(checkpoint, selector="full", hot=0, blocks=48, running=4) as made:
+        prompts = [prompt_of(*order) for order in orders]
+        alone = [made.ask(prompt, *spans, exact=True).tokens for prompt, spans in prompts]
+        for _ in range(3):
+            waiting = [made.submit(prompt, *spans) for prompt, spans in prompts]
+            assert [made.wait(events).tokens for events in waiting] == alone
+            made.settled()
