@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from engine.checkpoint import BUNDLED, load_checkpoint
 from engine.settings import usable_cores
 from loadtest.data import DataError, data_dir
-from loadtest.quality.measuring import FOREIGN, Bench, Cost, Text, costs
+from loadtest.quality.measuring import FOREIGN, Bench, Cost, costs
 from loadtest.quality.methods import Case, Method, methods
 from loadtest.quality.report import Row, checks, checks_table, save, table
 from loadtest.quality.statistics import relative
@@ -67,8 +67,7 @@ class Worker:
     def case(self, prompt: Prompt, task: str, index: int) -> Case:
         """A prompt made ready."""
         rng = np.random.default_rng((7, index))
-        elsewhere = [self.tasks.prompt(task, _ELSEWHERE + 2 * index + turn).chunks for turn in range(2)]
-        foreign: list[Text] = [chunk for chunks in elsewhere for chunk in chunks][:FOREIGN]
+        foreign = self.tasks.prompt(task, _ELSEWHERE + index).chunks[:FOREIGN]
         return self.bench.case(prompt, foreign, rng)
 
     def divergences(self, task: str, index: int) -> dict[str, float]:
