@@ -48,7 +48,7 @@ class Plan:
     prompts: int = 200
     """Of each task."""
     rounds: int = 9
-    """Measurements of each time, of which the median counts."""
+    """Measurements of each time, of which the fastest counts."""
     workers: int = field(default_factory=usable_cores)
     """Processes that measure divergences, and threads that times are measured with."""
     seed: int = 1
@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, figures and plots")
     parser.add_argument("--model", type=Path, default=usual.model, metavar="DIR")
     parser.add_argument("--prompts", type=int, default=usual.prompts, help="per task")
-    parser.add_argument("--rounds", type=int, default=usual.rounds, help="measurements of time; their median counts")
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="measurements of time; the fastest counts")
     parser.add_argument("--workers", type=int, default=usual.workers, help="processes; threads where time is measured")
     parser.add_argument("--seed", type=int, default=usual.seed)
     args = vars(parser.parse_args())
