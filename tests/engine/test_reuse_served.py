@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from engine.checkpoint import load_checkpoint
+from engine.settings import parse
 from tests.engine import checkpoints
 from tests.engine.conftest import Served, serving
 from tests.engine.library import point_for
@@ -25,7 +26,9 @@ pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hi
 
 ONE = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness."
 TWO = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I sailed."
-THREE = "All happy families are alike; every unhappy family is unhappy in its own way. Everything was in confusion there."
+THREE = (
+    "All happy families are alike; every unhappy family is unhappy in its own way. Everything was in confusion."
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,12 @@ async def test_everything_computed_again_is_the_same_as_no_reuse(model: Path, tm
             async with Client(served) as client:
                 answers.append([await client.ask(body(*order, max_tokens=16)) for order in orders])
     assert [text(answer) for answer, _ in answers[0]] == [text(answer) for answer, _ in answers[1]]
-    assert [said(header)["chunks"] for _, header in answers[0]] == ["0", "3", "2", "1"]  # the last begins like the first
+    assert [said(header)["chunks"] for _, header in answers[0]] == [
+        "0",
+        "3",
+        "2",
+        "1",
+    ]
     assert {said(header)["chunks"] for _, header in answers[1]} == {"0"}
 
 
@@ -172,6 +180,28 @@ async def test_marks_and_controls(model: Path) -> None:
             assert "'exact'" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-disk-size", "1GiB"], "--kv-disk-size needs --kv-disk"),
+        (["--reuse", "off", "--kv-disk", "x"], "--reuse off: --kv-disk has no meaning"),
+        (["--kv-redis", "localhost"], "redis://host:6379/0"),
+        (["--chunk-tags", "a b"], "'a b' is not the name of a tag"),
+        (["--chunk-separators", ",a"], "empty separator"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--model", "x", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_separators_may_have_commas_and_line_ends() -> None:
+    parsed = parse(["--model", "x", "--chunk-separators", r"\n---\n, # # ,a\,b", "--chunk-tags", "doc,item"])
+    assert parsed.reuse.separators == ("\n---\n", " # # ", "a,b")
+    assert parsed.reuse.tags == ("doc", "item")
+
+
 def refused(arguments: Sequence[str]) -> tuple[int, str]:
     done = subprocess.run([sys.executable, "-m", "engine", *arguments], capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
@@ -179,11 +209,6 @@ def refused(arguments: Sequence[str]) -> tuple[int, str]:
 
 def test_what_cannot_be_followed_is_named(model: Path, tmp_path: Path) -> None:
     start = ["--model", str(model), "--port", "0"]
-    assert "--kv-disk-size needs --kv-disk" in refused([*start, "--kv-disk-size", "1GiB"])[1]
-    assert "--reuse off: --kv-disk has no meaning" in refused([*start, "--reuse", "off", "--kv-disk", "x"])[1]
-    assert "redis://host:6379/0" in refused([*start, "--kv-redis", "localhost"])[1]
-    assert "'a b' is not the name of a tag" in refused([*start, "--chunk-tags", "a b"])[1]
-    assert "empty separator" in refused([*start, "--chunk-separators", ",a"])[1]
     other = asdict(point_for(load_checkpoint(model, name="x"), model="another"))
     (tmp_path / "other.json").write_text(json.dumps({"version": 1, **other}))
     code, message = refused([*start, "--reuse-point", str(tmp_path / "other.json")])
