@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Attention = Literal["auto", "sdpa", "triton", "varlen"]
-_CODECS = ("raw", "fp8", "int8", "int4", "entropy", "mixed")
+_CODECS = ("raw", "fp8", "int8", "int4", "int2", "entropy", "mixed")
 """As `cachestore.kv.codecs.CODECS`, which is not imported here: it needs torch."""
 _DISK_SIZE = 16 * 2**30
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -70,7 +70,7 @@ class Gate:
         if not (0.0 < most_kl < math.inf and 0.0 < least_agreement <= 1.0 and 0.0 < risk < 1.0):
             raise ValueError("a gate needs most_kl above 0, least_agreement in (0, 1] and risk in (0, 1)")
         self._most_kl, self._most_disagreement = most_kl, max(_LEAST, 1.0 - least_agreement)
-        self._enter = -math.log(risk)
+        self._enter = math.log(2 / risk)  # two means are watched
         self._open, self._checks, self._closings = True, 0, 0
         self._start()
 
