@@ -13,10 +13,11 @@ Guaranteed
   before it and are overdue as well, are admitted before it. So it is admitted at the latest when all that run by then
   have ended. (Not counted is a child while it waits for the prompt of its parent.)
 - What several wait for is computed once: a sequence lets a running one compute the prefix they share, unless overdue.
-- A sequence whose chunks are still on their way is passed over while others can run, unless overdue; it delays nobody.
-- What is computed counts, not how long it is: a prompt's tokens that chunks bring cost neither budget nor service.
 - Until then the tenant that has been served least is next, measured in tokens computed for it; within a tenant the
   order is that of predicted cost plus time of arrival.
+- A sequence whose chunks are still on their way is passed over while others can run, unless overdue or preempted.
+- What is computed counts: prompt tokens that chunks bring cost neither budget nor service.
+- Kept tokens are repaired with what is left of the budget, so they delay nobody.
 """
 
 from __future__ import annotations
@@ -442,9 +443,10 @@ class Scheduler:
         self._refresh(tenant)
         for entry in tuple(tenant.queue):
             sequence = entry.sequence
-            if sequence.reuse is not None and sequence.reuse.held(idle):
+            forks = _forks(sequence)
+            if sequence.reuse is not None and not forks and sequence.reuse.held(idle):
                 continue
-            if not _held(sequence) and (_forks(sequence) or self._is_ready(entry)):
+            if not _held(sequence) and (forks or self._is_ready(entry)):
                 yield sequence
 
     def _is_ready(self, entry: _Waiting) -> bool:

@@ -24,7 +24,7 @@ _CONTROL_HEADERS = frozenset(
         "x-hitpath-namespace",
     }
 )
-_SHAPING_HEADERS = frozenset({"openai-organization", "openai-project", "openai-beta"})
+_SHAPING_HEADERS = frozenset({"openai-organization", "openai-project", "openai-beta", "x-hitpath-kv"})
 _STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 """Fields of `/v1/responses` whose meaning lies in the backend's memory."""
 

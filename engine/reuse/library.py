@@ -91,7 +91,12 @@ class Library:
         self._random = random.Random(seed)
         self._counts = _Counts()
         self.idle_jobs = IdleJobs(
-            checkpoint, point.stored, others=self.known.others, refined=self._take_refined, compared=self._take_compared
+            checkpoint,
+            point.stored,
+            seen=self._seen,
+            others=self.known.others,
+            refined=self._take_refined,
+            compared=self._take_compared,
         )
         self._worse: dict[Text, Chunk] = {}
         """What goes when the refined version is stored."""
@@ -324,7 +329,11 @@ class Library:
         except Exception:  # what is not recalled is still found by name
             _log.exception("stored chunks could not be looked through")
 
-    # -- background jobs' results
+    # -- for background jobs
+
+    def _seen(self, text: Text) -> ChunkKv | None:
+        held = self.hot.get(text)
+        return None if held is None else held.chunk
 
     def _take_refined(self, job: Refinement, chunk: ChunkKv) -> None:
         self._counts.refined += 1

@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from engine.checkpoint import Checkpoint
 from engine.runner import Event, Failed, Finished, Job, Progress, Prompted
 from engine.sampling import Choice
+from engine.sequence import Used
 from engine.server import Delivery, Engine, Pace, tenant
 from tests.engine import checkpoints
 from tests.engine.scripted import ScriptedRunner, family, quiet_metrics, run, scripted, spoken
@@ -70,6 +71,56 @@ async def test_usage_tells_what_was_cached(plain: Checkpoint) -> None:
             model="tiny", prompt=["aaaa", "bbbb"], n=2, stream=True, stream_options={"include_usage": True}
         )
         assert [chunk.usage async for chunk in stream][-1] == answer.usage
+
+
+async def test_a_header_tells_what_chunks_did(plain: Checkpoint) -> None:
+    tiers = {"aaaa": ("memory", 3), "bbbb": ("disk", 2), "cccc": ("none", 0)}
+
+    def script(job: Job) -> list[Event]:
+        tier, chunks = tiers[plain.tokenizer.decode(job.prompt)]
+        return [Prompted(1, (), chunks, Used(chunks, chunks, 2 * chunks, tier)), *spoken(plain, "ok")[1:]]
+
+    async with scripted(plain, script) as (client, _):
+        raw = await client.completions.with_raw_response.create(model="tiny", prompt=[*tiers], n=2)
+        assert raw.headers["x-hitpath-kv"] == "prefix=3; chunks=5; recomputed=10; tier=disk"
+        usage = raw.parse().usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 3 + 5
+        streamed = await client.completions.with_raw_response.create(model="tiny", prompt="aaaa", stream=True)
+        assert streamed.headers["x-hitpath-kv"] == "prefix=1; chunks=3; recomputed=6; tier=memory"
+        assert "".join([chunk.choices[0].text async for chunk in streamed.parse()]) == "ok"
+
+
+async def test_a_request_may_want_it_exact_and_nothing_else(plain: Checkpoint) -> None:
+    async with scripted(plain, says(plain, "ok")) as (client, runner):
+        for headers in ({}, {"x-hitpath-kv": "exact"}):
+            await client.chat.completions.create(model="tiny", messages=HELLO, extra_headers=headers)
+        assert [job.exact for job in runner.jobs] == [False, True]
+        with pytest.raises(openai.BadRequestError, match="'exact'") as refused:
+            await client.completions.create(model="tiny", prompt="a", extra_headers={"x-hitpath-kv": "off"})
+        assert refused.value.param == "x-hitpath-kv"
+
+
+async def test_a_stream_that_fails_before_it_begins_is_an_error_and_no_stream(plain: Checkpoint) -> None:
+    async with scripted(plain, lambda _: [Failed("Out of memory.", status=503, code="out_of_memory")]) as (client, _):
+        with pytest.raises(openai.InternalServerError) as failed:
+            await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+    assert (failed.value.status_code, failed.value.code) == (503, "out_of_memory")
+
+
+async def test_who_leaves_before_a_stream_begins_ends_its_jobs(plain: Checkpoint) -> None:
+    delivery, gone = Delivery(), asyncio.Event()
+    runner = ScriptedRunner(lambda _: [], delivery)
+    engine = Engine(plain, runner, context=1000, delivery=delivery, metrics=quiet_metrics())
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    asked = asyncio.create_task(run(engine.application(), {"path": "/v1/completions"}, body, gone))
+    while not runner.jobs:
+        await asyncio.sleep(0.01)
+    gone.set()
+    sent = await asked
+    assert runner.cancelled == runner.jobs
+    assert [message.get("status") for message in sent] == [499, None]
 
 
 async def test_the_choices_of_a_prompt_name_the_first(plain: Checkpoint) -> None:

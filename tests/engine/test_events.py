@@ -13,6 +13,7 @@ import zmq
 
 from engine.blocks import AllCleared, BlockRemoved, BlockStored
 from engine.events import END, EventsError, EventSettings, Publisher
+from engine.reuse.known import ChunkRemoved, ChunkStored
 
 HASHES = tuple(bytes([i]) * 32 for i in range(1, 200))
 SHORT = [int.from_bytes(one[:8], "big") for one in HASHES]
@@ -183,6 +184,25 @@ def test_events_read_as_those_of_vllm_do() -> None:
         batch = msgspec.msgpack.decode(messages[0][1], type=Batch)
         assert batch.data_parallel_rank == 0
         assert batch.ts > 1.7e9
+
+
+def test_chunks_are_told_in_messages_of_their_own() -> None:
+    with publishing(EventSettings(LOCAL)) as publisher, subscribed(publisher) as router:
+        router.wait_until_heard(publisher)
+        for event in (EVENTS[2], ChunkStored(HASHES[4], (1, 2)), EVENTS[3], ChunkRemoved(HASHES[4])):
+            publisher.put(event)
+        payloads = [msgspec.msgpack.decode(payload)[1] for _, payload in router.everything()]
+        kinds = [{event["type"] for event in events} for events in payloads]
+        assert all(not found & {"ChunkStored", "ChunkRemoved"} or not found & {"BlockRemoved"} for found in kinds)
+        chunks = [event for events in payloads for event in events if event["type"].startswith("Chunk")]
+        assert chunks == [
+            {"type": "ChunkStored", "chunk_hash": SHORT[4], "token_ids": [1, 2]},
+            {"type": "ChunkRemoved", "chunk_hash": SHORT[4]},
+        ]
+        assert [event["type"] for events in payloads for event in events if event not in chunks] == [
+            "BlockRemoved",
+            "AllBlocksCleared",
+        ]
 
 
 def test_routers_of_older_versions_are_given_arrays() -> None:

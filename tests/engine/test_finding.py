@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import BUNDLED
+from engine.reuse.cutting import Cutter
 from engine.reuse.finding import Marks, Run, RunIndex, marked_spans, text_parts, token_spans
 from engine.tokenizer import load_tokenizer
 
@@ -116,6 +117,38 @@ def test_parts_are_found_through_the_template() -> None:
         assert start <= offsets[first][0] <= start + 4
         assert stop - 4 <= offsets[last - 1][1] <= stop
         assert tokenizer.decode(ids[first:last]).strip() in rendered[start:stop]
+
+
+def test_a_document_between_others_is_cut_to_almost_the_same_tokens() -> None:
+    tokenizer = load_tokenizer(BUNDLED)
+    cutter = Cutter(tokenizer, Marks(), least=32)
+    document = "It was the best of times, it was the worst of times. " * 6 + "The end"
+    index = RunIndex(16)
+    cuts = []
+    for before, after in (("Look:", "Which?"), ("A number is 1", "23 or not"), ("(", ")")):
+        contents = [{"content": [{"text": text} for text in (before, document, after)]}]
+        rendered: list[dict[str, object]] = [{"role": "user", "content": before + document + after}]
+        cut = cutter.chat(contents, rendered, None)
+        assert len(cut.spans) == 1
+        cuts.append(cut)
+    start, stop = cuts[0].spans[0]
+    index.add("first", cuts[0].ids[start:stop])
+    for cut in cuts[1:]:
+        (start, stop), [run] = cut.spans[0], index.find(cut.ids)
+        assert run.stop - run.start >= stop - start - 4
+
+
+def test_a_bare_prompt_is_cut_at_its_marks_and_is_one_text_without() -> None:
+    tokenizer = load_tokenizer(BUNDLED)
+    cutter = Cutter(tokenizer, Marks(tags=("doc",)), least=8)
+    one, two = ("Call me Ishmael. Some years ago. " * 3, "All happy families are alike. " * 3)
+    cut = cutter.text(f"<doc>{one}</doc> <doc n='2'>{two}</doc> and?")
+    assert cut.ids == tokenizer.encode_text(f"<doc>{one}</doc> <doc n='2'>{two}</doc> and?")
+    texts = [tokenizer.decode(cut.ids[a:b]) for a, b in cut.spans]
+    assert [text.strip() in whole for text, whole in zip(texts, (one, two), strict=True)] == [True, True]
+    [(start, stop)] = cutter.text(one).spans
+    assert stop - start >= len(cutter.text(one).ids) - 2
+    assert cutter.text("short").spans == ()
 
 
 @settings(max_examples=100, deadline=None)

@@ -165,7 +165,9 @@ def test_what_a_preempted_one_had_is_placed_again(variant: Checkpoint, selector:
 def test_angles_that_depend_on_the_length(tmp_path: Path) -> None:
     checkpoint = load("dynamic", tmp_path)
     tokens = some(60, 1)
-    rows = [row(tokens, 1, Chunks(as_it_stands(checkpoint, tokens, [(5, 40)]), Epic(0.3))), row(some(50, 2), 1)]
+    prompt = as_it_stands(checkpoint, tokens, [(5, 40)])
+    rows = [row(tokens, 1, Chunks(prompt, selector)) for selector in (Epic(0.3), CacheBlend(((1, 0.3),)))]
+    rows.append(row(some(50, 2), 1))
     served(checkpoint, rows, {"token_budget": 16})
 
 
@@ -236,6 +238,17 @@ def test_only_what_is_computed_costs(plain: Checkpoint) -> None:
     assert [(chunk.start, chunk.count, chunk.rows, chunk.draws) for chunk in step.chunks] == [(94, 6, None, True)]
     assert one.kept is not None
     assert len(one.kept) == 86
+
+
+def test_tenants_are_charged_for_what_is_computed(plain: Checkpoint) -> None:
+    serving = Served(plain, max_running=1)
+    one = SamplingParams(max_tokens=1)
+    for seed in range(4):
+        tokens = some(40, seed)
+        chunks = Chunks(from_elsewhere(plain, tokens, [(2, 32)]), Nothing())
+        serving.add(Sequence(tokens, one, tenant="chunks", salt="reuse", reuse=chunks))
+    serving.add(*[Sequence(some(10, 10 + seed), one, tenant="plain") for seed in range(4)])
+    assert [step.chunks[0].sequence.tenant for step in serving.run()] == ["chunks", "plain"] * 4
 
 
 def test_a_prompt_may_be_all_chunk(plain: Checkpoint) -> None:

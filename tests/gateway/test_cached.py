@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ async def test_the_backend_gets_the_clients_own_bytes(client: Client, upstream: 
     assert sent.headers["x-own"] == "1"
     assert "x-hitpath-ttl" not in sent.headers
     assert sent.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_an_engine_says_of_its_keys_and_values_reaches_who_waited_for_it(
+    client: Client, upstream: ScriptedUpstream, stream: bool
+) -> None:
+    used = {"x-hitpath-kv": "prefix=16; chunks=2; recomputed=9; tier=disk"}
+    script = stream_reply(chunk("one"), chunk(finish="stop")) if stream else json_reply(completion("one"))
+    upstream.script(replace(script, headers={**script.headers, **used}))
+    first, hit = await client.chat("hello", stream=stream), await client.chat("hello", stream=stream)
+    assert first.headers["x-hitpath-kv"] == used["x-hitpath-kv"]
+    assert "x-hitpath-kv" not in hit.headers
+    assert "; hit;" in hit.cache
+    exact = await client.chat("hello", stream=stream, x_hitpath_kv="exact")
+    assert "fwd=miss" in exact.cache  # the stored answer may not have been computed so
+    assert upstream.exchanges[-1].headers["x-hitpath-kv"] == "exact"
 
 
 @pytest.mark.parametrize("first_as_stream", [True, False])
