@@ -36,6 +36,17 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Keeping:
+    """A marked text that a prompt computed, and where in the pool it lies until something else is computed."""
+
+    job: Job
+    start: int
+    stop: int
+    slots: Tensor
+    """int64 [stop - start]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     """A chunk to be placed."""
 
@@ -109,7 +120,7 @@ class Borrowing:
             self._account(blended, sequence)
         for start, stop in self._job.spans:
             if start >= self._first and not _kept_within(sequence, start, stop):
-                self._library.keep(self._job, self._library.taken(pool, slots, start, stop, self._job.prompt))
+                self._library.keep(Keeping(self._job, start, stop, slots[start:stop]))
         for part in self._parts:
             if part.order is not None and self._fetch is not None:
                 self._library.fetched(self._fetch, part.order)
