@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ from engine.sequence import Sequence as Row
 if TYPE_CHECKING:
     from engine.reuse.library import Library
     from engine.runner import Job
+
+
+_log = logging.getLogger("hitpath.engine")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +98,14 @@ class Borrowing:
 
     def admitted(self, sequence: Row) -> Blended | None:
         """See `Reuse`."""
+        try:
+            return self._admitted(sequence)
+        except Exception:  # whatever it is, the prompt can be computed
+            _log.exception("chunks could not be placed")
+            self._parts = []
+            return None
+
+    def _admitted(self, sequence: Row) -> Blended | None:
         self._first, self._shadow, self._used = sequence.computed, None, Used()
         self._parts = [part for want in self._wants if (part := self._part(want)) is not None]
         if not self._parts:

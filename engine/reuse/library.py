@@ -123,10 +123,14 @@ class Library:
         self._checked = False
         # What was computed before reuse was switched off and on again is left to those who saw it.
         row.salt = f"reuse{self.gate.figures().closings}/{row.salt}"
-        if row.parent is None:
+        if row.parent is not None:
+            return
+        try:
             matches = self._matches(job, row)
             if matches or job.spans:
                 row.reuse = self._borrowing(job, row, matches)
+        except Exception:  # whatever it is, the prompt can be computed
+            _log.exception("chunks could not be looked for")
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A step computed so many tokens in so many seconds."""
@@ -136,7 +140,10 @@ class Library:
     def told(self, pool: KvPool) -> None:
         """See `engine.runner.Library`."""
         while self._keeping:
-            self._take_in(self._keeping.pop(0), pool)
+            try:
+                self._take_in(self._keeping.pop(0), pool)
+            except Exception:  # nobody waits for it
+                _log.exception("a chunk could not be kept")
 
     def idle(self) -> bool:
         """Do a piece of what waits for such a moment; whether there was any. Only on the worker's thread."""
