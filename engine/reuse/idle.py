@@ -79,8 +79,8 @@ class IdleJobs:
         refined: Callable[[Refinement, ChunkKv], None],
         compared: Callable[[Compared], None],
     ) -> None:
-        """`seen`: a chunk as a prompt computed it, if it is at hand. `others`: texts to compute a chunk behind. The last
-        two take the results.
+        """`seen`: a chunk as a prompt computed it, if it is at hand. `others`: texts to compute a chunk behind. The
+        last two take the results.
         """
         self._checkpoint, self._stored, self._seen, self._others = checkpoint, stored, seen, others
         self._refined, self._compared = refined, compared
@@ -136,8 +136,10 @@ class IdleJobs:
                 before.insert(0, job.head)
             case "alone":
                 before.insert(0, ())
+            case "seen" if (seen := self._seen(job.text)) is not None:
+                versions.append(seen)
             case "seen":
-                versions = [chunk for chunk in (self._seen(job.text),) if chunk is not None]
+                before.insert(0, job.head)
             case _ as never:
                 assert_never(never)
         for after in before:
@@ -147,7 +149,7 @@ class IdleJobs:
                 yield
             versions.append(trial.taken(whole, len(after), len(whole)))
         several = self._stored == "mean"
-        self._refined(job, averaged(versions) if several else measured(versions[0], versions[1:] or versions))
+        self._refined(job, averaged(versions) if several else measured(versions[0], versions[1:]))
 
     def _check(self, job: Check) -> Iterator[None]:
         trial = Trial(self._checkpoint, len(job.tokens))
