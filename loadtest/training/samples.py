@@ -83,11 +83,6 @@ class Samples:
         self._names = sorted(set(re.findall(r"\b[A-Z][a-z]{2,9}\b", books)))
         self._word_starts = {i for t, i in tokenizer.get_vocab().items() if t.startswith("Ġ")}
 
-    @property
-    def stream(self) -> NDArray[np.int64]:
-        """All books as one row of tokens."""
-        return self._stream
-
     def recalled(self, size: int, gap: int) -> NDArray[np.int64]:
         """A passage, another one of `gap` tokens, and the first again."""
         passage = self._stretch(size)
