@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from starlette.applications import Starlette
 
-from cachestore.errors import StoreError
-from cachestore.kv import Geometry, Happening, KvStore, Options, Tiers, open_store
+from cachestore.kv import Geometry, Happening, KvStore, Options, StoreError, Tiers, open_store
 from engine.attention.choose import choose, choose_ops
 from engine.attention.varlen import Unavailable
 from engine.blocks import BlockManager

@@ -72,7 +72,8 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """
     async with AsyncExitStack() as stack:
         tenants = Tenants(settings.tenants, shared=settings.cache.shared)
-        engines = [Engine(item.name, item.model) for item in settings.effective_upstreams() if item.kind == "bundled"]
+        bundled = [item for item in settings.effective_upstreams() if item.kind == "bundled"]
+        engines = [Engine(item.name, item.model, flags=item.flags) for item in bundled]
         router = _router(settings, {engine.name: engine for engine in engines})
         stack.push_async_callback(router.close)
         _check_examples(settings, router)

@@ -118,6 +118,10 @@ class Price(_Group):
     output: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+_OWN_FLAGS = frozenset({"--model", "--host", "--port", "--uds", "--parent-pid"})
+"""Of the bundled engine."""
+
+
 class Upstream(_Group):
     """One backend."""
 
@@ -127,6 +131,8 @@ class Upstream(_Group):
     """Base URL that ends in the version, such as http://10.0.0.7:8000/v1."""
     model: str = "bundled"
     """For kind bundled: the checkpoint's folder, or bundled."""
+    flags: tuple[str, ...] = ()
+    """For kind bundled: further flags of `hitpath engine`, such as [--kv-disk, /var/lib/hitpath/kv]."""
     models: tuple[str, ...] | None = None
     """Models that it serves, with shell-style patterns; left out: asked from the bundled engine, else all."""
     api_key_env: str | None = None
@@ -143,6 +149,15 @@ class Upstream(_Group):
             raise _KeyFault("url", "kind bundled takes no url: the gateway starts this engine itself")
         if self.kind != "bundled" and self.url is None:
             raise _KeyFault("url", f"kind {self.kind} needs a url such as http://10.0.0.7:8000/v1")
+        return self
+
+    @model_validator(mode="after")
+    def _flags_belong_to_kind(self) -> Self:
+        if self.kind != "bundled" and self.flags:
+            raise _KeyFault("flags", f"kind {self.kind} takes no flags: the gateway does not start it")
+        for flag in self.flags:
+            if (name := flag.partition("=")[0]) in _OWN_FLAGS:
+                raise _KeyFault("flags", f"{name} is the gateway's to set")
         return self
 
 

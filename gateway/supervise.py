@@ -32,12 +32,15 @@ class EngineFailedError(Exception):
 class Engine:
     """Supervises one `hitpath engine` on a UNIX socket."""
 
-    def __init__(self, name: str, model: str, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, name: str, model: str, command: Sequence[str] | None = None, *, flags: Sequence[str] = ()
+    ) -> None:
         """`model` is a checkpoint's folder or `bundled`; `command` replaces the program, for tests."""
         self.name = name
         self._directory = tempfile.TemporaryDirectory(prefix="hitpath-")
         self.uds = Path(self._directory.name) / "engine.sock"
-        self._command = [*(command or engine_command(model)), "--uds", str(self.uds), "--parent-pid", str(os.getpid())]
+        own = ["--uds", str(self.uds), "--parent-pid", str(os.getpid())]
+        self._command = [*(command or engine_command(model)), *flags, *own]
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.ready = False

@@ -1,5 +1,6 @@
 """Keys and values of text chunks, kept in tiers below the engine's pool. Needs torch; the gateway never imports it."""
 
+from cachestore.errors import StoreError
 from cachestore.kv.format import Chunk, Geometry, note_size, salt
 from cachestore.kv.ledger import Key
 from cachestore.kv.opening import Opened, open_store
@@ -37,6 +38,7 @@ __all__ = [
     "Refusal",
     "Slot",
     "Stats",
+    "StoreError",
     "Tier",
     "Tiers",
     "Transfer",

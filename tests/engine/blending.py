@@ -19,8 +19,8 @@ from engine.reuse.steps import Blended
 from engine.reuse.trial import Trial
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler, Step
+from engine.sequence import NO_CHUNKS, State, Used
 from engine.sequence import Sequence as Row
-from engine.sequence import State
 
 
 def some(count: int, seed: int) -> list[int]:
@@ -74,6 +74,13 @@ class Chunks:
     def prefilled(self, sequence: Row, pool: KvPool, slots: Tensor) -> None:
         assert len(slots) == len(sequence.prompt)
         self.calls.append("prefilled")
+
+    def scored(self, sequence: Row, scores: Tensor) -> None:
+        self.calls.append("scored")
+
+    @property
+    def used(self) -> Used:
+        return NO_CHUNKS
 
     def layer(self, index: int) -> list[Tensor | None]:
         self.calls.append(f"layer {index}")

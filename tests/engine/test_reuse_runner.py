@@ -48,6 +48,12 @@ class Shelf:
         if job.prompt == PROMPT and self.chunks is not None:
             row.reuse, row.salt = self.chunks, "reuse"
 
+    def computed(self, tokens: int, seconds: float) -> None:
+        assert tokens > 1
+
+    def idle(self) -> bool:
+        return False
+
 
 class Running:
     """Runners that end with the test."""
@@ -101,7 +107,7 @@ def test_the_answer_is_the_same_and_says_what_was_kept(running: Running, chunks:
     assert tokens == expected[1]
     assert (expected[0].kept, first.cached, first.kept) == (0, 0, 48)
     blending.close()
-    assert chunks.calls == ["admitted", "layer 0", "layer 1", "layer 2", "prefilled", "released"]
+    assert chunks.calls == ["admitted", "layer 0", "layer 1", "layer 2", "prefilled", "scored", "released"]
 
 
 def test_a_lost_chunk_is_computed(running: Running, chunks: Chunks) -> None:

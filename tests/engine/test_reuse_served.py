@@ -26,9 +26,7 @@ pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hi
 
 ONE = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness."
 TWO = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I sailed."
-THREE = (
-    "All happy families are alike; every unhappy family is unhappy in its own way. Everything was in confusion."
-)
+THREE = "All happy families are alike; every unhappy family is unhappy in its own way. Everything was in confusion."
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from engine.blocks import BlockManager
 from engine.errors import ContextTooLong, QueueFull, RequestError
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler, Step
-from engine.sequence import Sequence, State
+from engine.sequence import NO_CHUNKS, Sequence, State, Used
 from tests.engine.shadow import Engine, sequence
 
 _numbers = itertools.count(1000)
@@ -385,6 +385,13 @@ class Coming:
 
     def prefilled(self, sequence: Sequence, pool: KvPool, slots: Tensor) -> None:
         raise AssertionError("nobody computes here")
+
+    def scored(self, sequence: Sequence, scores: Tensor) -> None:
+        raise AssertionError("nobody draws here")
+
+    @property
+    def used(self) -> Used:
+        return NO_CHUNKS
 
 
 def holding(prompt: list[int], chunks: Coming, max_tokens: int = 4) -> Sequence:

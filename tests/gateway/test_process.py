@@ -208,6 +208,21 @@ async def test_the_engine_is_started_again_when_it_dies() -> None:
     assert not engine.uds.parent.exists()
 
 
+async def test_the_engine_is_given_its_flags() -> None:
+    program = FAKE_ENGINE.replace(
+        "time.sleep(600)", "open(path + '.flags', 'w').write(' '.join(sys.argv)); time.sleep(600)"
+    )
+    engine = Engine("local", "bundled", [sys.executable, "-c", program], flags=("--kv-host", "2GiB"))
+    await engine.start()
+    try:
+        told = engine.uds.with_name(engine.uds.name + ".flags")
+        while not told.exists() or not told.read_text():
+            await asyncio.sleep(0.01)
+        assert "--kv-host 2GiB --uds" in told.read_text()
+    finally:
+        await engine.stop()
+
+
 async def test_an_engine_that_cannot_start_says_so() -> None:
     engine = Engine("local", "bundled", [sys.executable, "-c", "import sys; sys.exit(3)"])
     with pytest.raises(EngineFailedError, match="local ended with status 3"):

@@ -329,6 +329,14 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         {"upstreams": [{"name": "a", "kind": "vllm"}]},
         "upstreams.0.url: kind vllm needs a url such as http://10.0.0.7:8000/v1",
     ),
+    (
+        {"upstreams": [{"name": "a", "kind": "vllm", "url": "http://h/v1", "flags": ["--x"]}]},
+        "upstreams.0.flags: kind vllm takes no flags: the gateway does not start it",
+    ),
+    (
+        {"upstreams": [{"name": "a", "kind": "bundled", "flags": ["--reuse", "off", "--port=80"]}]},
+        "upstreams.0.flags: --port is the gateway's to set",
+    ),
     ({"upstreams": [UPSTREAM, UPSTREAM]}, "upstreams: the name 'a' is used twice"),
     (
         {"tenants": [{"name": "acme", "key_env": "A"}, {"name": "acme", "key_env": "B"}]},
