@@ -237,7 +237,8 @@ def _stretches(positions: Tensor, begin: int, total: int) -> list[tuple[int, int
     # Looking at them would have to wait for a GPU, and tokens side by side see almost the same.
     if positions.device.type != "cpu" or total - begin <= max(2 * count, _STRETCH):
         return [(0, count)]
-    cuts = torch.searchsorted(positions, torch.arange(begin, total, _STRETCH)).unique().tolist()
+    found = torch.searchsorted(positions, torch.arange(begin, total, _STRETCH)).tolist()
+    cuts = [cut for cut in sorted(set(found)) if cut < count]
     return list(zip(cuts, [*cuts[1:], count], strict=True))
 
 

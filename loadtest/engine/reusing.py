@@ -114,9 +114,16 @@ class Asker:
                 raise BenchError(f"the engine answered {response.status}: {await response.text()}")
             said = dict(part.split("=") for part in response.headers["x-hitpath-kv"].split("; "))
             first, text, usage = await _read(response, began)
-        details = usage["prompt_tokens_details"]
-        counts = [int(said[name]) for name in ("prefix", "chunks", "recomputed")]
-        return Heard(first, text, usage["prompt_tokens"], details["cached_tokens"], *counts, said["tier"])
+        return Heard(
+            first=first,
+            text=text,
+            prompt=usage["prompt_tokens"],
+            cached=usage["prompt_tokens_details"]["cached_tokens"],
+            prefix=int(said["prefix"]),
+            chunks=int(said["chunks"]),
+            recomputed=int(said["recomputed"]),
+            tier=said["tier"],
+        )
 
     async def figures(self) -> dict[str, float]:
         """What `/metrics` says; a sample's labels follow its name."""
