@@ -136,10 +136,7 @@ def multi_round_chat(target: Target, binaries: Path, out: Path) -> Verdict:
 
 
 def long_doc_permutator(target: Target, binaries: Path, out: Path) -> Verdict:
-    """The same documents in ever another order. Its tokens are words, of which the bundled model has two or three."""
-    words = Path(tempfile.mkdtemp(dir=out))
-    write_words(words)
-    target = replace(target, tokenizer=words)
+    """The same documents in ever another order."""
     sizes = ("--ldp-num-contexts", "5", "--ldp-context-length", "200", "--ldp-system-prompt-length", "32")
     counts = ("--ldp-num-permutations", "20", "--ldp-max-output-length", "16")
     return _reusing(target, binaries, out, "long-doc-permutator", "--kv-cache-volume", "1", *sizes, *counts)
@@ -174,9 +171,14 @@ def write_questions(source: Path, target: Path) -> None:
 
 
 def _reusing(target: Target, binaries: Path, out: Path, workload: str, *arguments: str) -> Verdict:
-    """What the tool says, and what the engine did not have to compute meanwhile."""
+    """What the tool says, and what the engine did not have to compute meanwhile.
+
+    The tool's tokens are words here, each of which is two or three of the bundled model's.
+    """
+    words = Path(tempfile.mkdtemp(dir=out))
+    write_words(words)
     before = target.figures()
-    verdict = _lmcache(target, binaries, out, workload, *arguments)
+    verdict = _lmcache(replace(target, tokenizer=words), binaries, out, workload, *arguments)
     after = target.figures()
     done = {name: after[name] - before.get(name, 0.0) for name in after}
     if not (prompts := done.get("vllm:prompt_tokens_total", 0.0)):
