@@ -15,7 +15,7 @@ import torch
 
 from engine.assembly import speed_up
 from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
-from engine.errors import CheckpointError, SettingsError
+from engine.errors import CheckpointError, RequestError, SettingsError
 from engine.reuse.calibrate import ANSWER, Calibration, Candidate, Limits, Table, chosen, grid, nearest, table_of
 from engine.reuse.examples import Sample, read, sample_of, written
 from engine.reuse.point import FILE, Dtype, OperatingPoint
@@ -60,10 +60,15 @@ def _samples(checkpoint: Checkpoint, settings: CalibrationSettings) -> list[Samp
     else:
         examples = read(settings.prompts, settings.prompts_limit)
     found = []
-    for example in examples:
-        sample = sample_of(example, checkpoint.tokenizer, settings.least)
+    for number, example in enumerate(examples, 1):
+        try:
+            sample = sample_of(example, checkpoint.tokenizer, settings.least)
+        except RequestError as error:
+            raise SettingsError(f"--prompts: prompt {number}: {error.message}") from error
         if sample is not None and len(sample.tokens) + ANSWER <= context:
             found.append(sample)
+    if len(found) < len(examples):
+        print(f"{len(examples) - len(found)} of {len(examples)} prompts have no chunk or do not fit", file=sys.stderr)
     if len(found) < 2:
         raise SettingsError(
             f"--prompts: {len(found)} of {len(examples)} prompts have a chunk of {settings.least} tokens and fit the "

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
 from engine.errors import ShuttingDown
 from engine.executor import Executor, Outcome
@@ -140,6 +141,10 @@ class Library(Protocol):
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A step computed so many tokens, some of a prompt among them, and waited for nothing."""
+        ...
+
+    def told(self, pool: KvPool) -> None:
+        """What a step brought was told, and nothing was computed since: a moment to read what it left in the pool."""
         ...
 
     def idle(self) -> bool:
@@ -310,6 +315,8 @@ class Runner:
                 if self._watch is not None:
                     self._watch.step(happened)
                 self._deliver(happened)
+                if self._library is not None:
+                    self._library.told(self._executor.pool)
 
     def _next(self) -> Step | None:
         """The next step, waiting for work if there is none; None when closed."""

@@ -135,7 +135,11 @@ def _loss(text: str) -> tuple[float, float]:
 
 def parse(arguments: Sequence[str]) -> Settings:
     """Read the command line; exits with 2 where it is wrong."""
-    parser = argparse.ArgumentParser(prog="hitpath engine", description="The bundled OpenAI-compatible engine.")
+    parser = argparse.ArgumentParser(
+        prog="hitpath engine",
+        description="The bundled OpenAI-compatible engine.",
+        epilog="`hitpath engine calibrate --help`: find out what of a model's stored chunks can be reused.",
+    )
     parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
     parser.add_argument("--served-name", help="model name clients use (default: the directory's name)")
     where = parser.add_mutually_exclusive_group()

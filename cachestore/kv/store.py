@@ -21,11 +21,13 @@ or was not what was written. Nothing here raises because a tier fails, and nothi
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import Empty, Queue
@@ -51,6 +53,7 @@ from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
 
 _log = logging.getLogger("hitpath.kv")
+_NICE = 10
 _IDLE = 1.0
 """Seconds after which a writer with nothing to write looks for writes that failed."""
 
@@ -650,6 +653,7 @@ class KvStore:
 
     def _write(self) -> None:
         """The writer's life. Only here anything is written or dropped, so that neither overtakes the other."""
+        _step_back()
         while True:
             try:
                 order = self._orders.get(timeout=_IDLE)
@@ -737,3 +741,10 @@ class KvStore:
             self._drop(key)
             self._tell(Gone(key))
             self._evict(victims)
+
+
+def _step_back() -> None:
+    """Let whoever answers go first: this thread only writes down what is known."""
+    torch.set_num_threads(1)
+    with suppress(AttributeError, OSError):  # where threads have no priority of their own, all keep theirs
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

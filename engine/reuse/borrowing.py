@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from engine.runner import Job
 
 
+_log = logging.getLogger("hitpath.engine")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Want:
     """A text in the prompt, and where its chunk is."""
@@ -33,6 +37,17 @@ class Want:
     held: Held | None
     order: int | None
     """Place among what is fetched, where it is not held."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Keeping:
+    """A marked text that a prompt computed, and where in the pool it lies until something else is computed."""
+
+    job: Job
+    start: int
+    stop: int
+    slots: Tensor
+    """int64 [stop - start]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +98,14 @@ class Borrowing:
 
     def admitted(self, sequence: Row) -> Blended | None:
         """See `Reuse`."""
+        try:
+            return self._admitted(sequence)
+        except Exception:  # whatever it is, the prompt can be computed
+            _log.exception("chunks could not be placed")
+            self._parts = []
+            return None
+
+    def _admitted(self, sequence: Row) -> Blended | None:
         self._first, self._shadow, self._used = sequence.computed, None, Used()
         self._parts = [part for want in self._wants if (part := self._part(want)) is not None]
         if not self._parts:
@@ -109,7 +132,7 @@ class Borrowing:
             self._account(blended, sequence)
         for start, stop in self._job.spans:
             if start >= self._first and not _kept_within(sequence, start, stop):
-                self._library.keep(self._job, self._library.taken(pool, slots, start, stop, self._job.prompt))
+                self._library.keep(Keeping(self._job, start, stop, slots[start:stop]))
         for part in self._parts:
             if part.order is not None and self._fetch is not None:
                 self._library.fetched(self._fetch, part.order)

@@ -223,8 +223,14 @@ def _divergence(exact: Tensor, other: Tensor) -> float:
 
 def _seconds(run: Callable[[], Tensor]) -> float:
     """Of what has run once before."""
+    _finish()
     began = time.perf_counter()
-    found = run()
-    if found.is_cuda:
-        torch.cuda.synchronize(found.device)
+    run()
+    _finish()
     return time.perf_counter() - began
+
+
+def _finish() -> None:
+    """What a GPU was told is done later."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -103,12 +103,12 @@ class Fetch:
 
     def _run(self, lookup: Lookup) -> None:
         try:
-            lookup.wait(0.0 if self._closed else self._patience)
-            chosen = {} if self._closed else self._choose(lookup)
-            if not chosen:
+            if not self._closed:
+                lookup.wait(self._patience)
+            if self._closed:
                 lookup.close()
-                return
-            self._read(lookup, chosen)
+            else:
+                self._read(lookup, self._choose(lookup))
         except Exception:  # whatever it is, the prompt can be computed without
             _log.exception("stored chunks could not be fetched")
         finally:

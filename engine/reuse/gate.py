@@ -79,6 +79,11 @@ class Gate:
         """Whether chunks are reused. Checks go on either way."""
         return self._open
 
+    @property
+    def closings(self) -> int:
+        """How often reuse was switched off."""
+        return self._closings
+
     def observe(self, kl: float, agrees: bool) -> bool:
         """Take a check: nats, and whether both choose the same token. True: `open` has changed.
 

@@ -74,12 +74,15 @@ class IdleJobs:
         checkpoint: Checkpoint,
         stored: Stored,
         *,
+        seen: Callable[[Text], ChunkKv | None],
         others: Callable[[Text, int], Sequence[tuple[int, ...]]],
         refined: Callable[[Refinement, ChunkKv], None],
         compared: Callable[[Compared], None],
     ) -> None:
-        """`others`: texts to compute a chunk behind. The last two take the results."""
-        self._checkpoint, self._stored, self._others = checkpoint, stored, others
+        """`seen`: a chunk as a prompt computed it, if it is at hand. `others`: texts to compute a chunk behind. The
+        last two take the results.
+        """
+        self._checkpoint, self._stored, self._seen, self._others = checkpoint, stored, seen, others
         self._refined, self._compared = refined, compared
         self._refinements: OrderedDict[Text, Refinement] = OrderedDict()
         self._checks: deque[Check] = deque(maxlen=_MOST_CHECKS)
@@ -126,22 +129,27 @@ class IdleJobs:
     def _refine(self, job: Refinement) -> Iterator[None]:
         self._refining = job.text
         others = self._others(job.text, ELSEWHERE) or [_backwards(job.tokens)]
+        versions: list[ChunkKv] = []
         before: list[tuple[int, ...]] = [(*job.head, *other[: 2 * PIECE]) for other in others]
         match self._stored:
-            case "mean" | "head" | "seen":
+            case "mean" | "head":
                 before.insert(0, job.head)
             case "alone":
                 before.insert(0, ())
+            case "seen" if (seen := self._seen(job.text)) is not None:
+                versions.append(seen)
+            case "seen":
+                before.insert(0, job.head)
             case _ as never:
                 assert_never(never)
-        versions: list[ChunkKv] = []
         for after in before:
             whole = [*after, *job.tokens]
             trial = Trial(self._checkpoint, len(whole))
             for _ in trial.pieces(whole, PIECE):
                 yield
             versions.append(trial.taken(whole, len(after), len(whole)))
-        self._refined(job, averaged(versions) if self._stored == "mean" else measured(versions[0], versions[1:]))
+        several = self._stored == "mean"
+        self._refined(job, averaged(versions) if several else measured(versions[0], versions[1:]))
 
     def _check(self, job: Check) -> Iterator[None]:
         trial = Trial(self._checkpoint, len(job.tokens))

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import torch
-from torch import Tensor
 
 from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
 from cachestore.kv.controller import Controller, Plan, Source, Wanted
 from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
-from engine.reuse.borrowing import Borrowing, Want
+from engine.reuse.borrowing import Borrowing, Keeping, Want
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.fetching import Fetch, Order
 from engine.reuse.figures import Figures
@@ -91,10 +90,17 @@ class Library:
         self._random = random.Random(seed)
         self._counts = _Counts()
         self.idle_jobs = IdleJobs(
-            checkpoint, point.stored, others=self.known.others, refined=self._take_refined, compared=self._take_compared
+            checkpoint,
+            point.stored,
+            seen=self._seen,
+            others=self.known.others,
+            refined=self._take_refined,
+            compared=self._take_compared,
         )
         self._worse: dict[Text, Chunk] = {}
         """What goes when the refined version is stored."""
+        self._keeping: list[Keeping] = []
+        """Of the worker."""
         self._keys: dict[Key, tuple[Text, str]] = {}
         self._books = threading.Lock()
         self._closed = threading.Event()
@@ -117,15 +123,27 @@ class Library:
         self._checked = False
         # What was computed before reuse was switched off and on again is left to those who saw it.
         row.salt = f"reuse{self.gate.figures().closings}/{row.salt}"
-        if row.parent is None:
+        if row.parent is not None:
+            return
+        try:
             matches = self._matches(job, row)
             if matches or job.spans:
                 row.reuse = self._borrowing(job, row, matches)
+        except Exception:  # whatever it is, the prompt can be computed
+            _log.exception("chunks could not be looked for")
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A step computed so many tokens in so many seconds."""
         with self._controlled:
             self._controller.computed(tokens, seconds)
+
+    def told(self, pool: KvPool) -> None:
+        """See `engine.runner.Library`."""
+        while self._keeping:
+            try:
+                self._take_in(self._keeping.pop(0), pool)
+            except Exception:  # nobody waits for it
+                _log.exception("a chunk could not be kept")
 
     def idle(self) -> bool:
         """Do a piece of what waits for such a moment; whether there was any. Only on the worker's thread."""
@@ -173,17 +191,9 @@ class Library:
 
     # -- a prompt's side
 
-    def keep(self, job: Job, chunk: ChunkKv) -> None:
-        """Take in what a prompt computed of a marked text."""
-        text = self.text(job, chunk.tokens)
-        self._warm(text, Held(chunk, refined=False))
-        self._store(Chunk(chunk.tokens, job.tenant, SEEN), chunk, refined=False)
-        self.refine(Match(text, chunk.tokens, 0, 0, 0), job)
-
-    def taken(self, pool: KvPool, slots: Tensor, start: int, stop: int, prompt: Sequence[int]) -> ChunkKv:
-        """Tokens `start` to `stop` of a prompt that is in the pool, as a chunk."""
-        layers = take(pool, slots[start:stop], self.checkpoint.model.rope, start, len(prompt))
-        return ChunkKv(tuple(prompt[start:stop]), layers, before=start, span=len(prompt))
+    def keep(self, keeping: Keeping) -> None:
+        """To be taken out of the pool as soon as nobody waits for that."""
+        self._keeping.append(keeping)
 
     def fetched(self, fetch: Fetch, index: int) -> ChunkKv | None:
         """What came whole, from now on hot as well."""
@@ -268,6 +278,15 @@ class Library:
 
     # -- keeping
 
+    def _take_in(self, keeping: Keeping, pool: KvPool) -> None:
+        job, start = keeping.job, keeping.start
+        layers = take(pool, keeping.slots, self.checkpoint.model.rope, start, len(job.prompt))
+        chunk = ChunkKv(tuple(job.prompt[start : keeping.stop]), layers, before=start, span=len(job.prompt))
+        text = self.text(job, chunk.tokens)
+        self._warm(text, Held(chunk, refined=False))
+        self._store(Chunk(chunk.tokens, job.tenant, SEEN), chunk, refined=False)
+        self.refine(Match(text, chunk.tokens, 0, 0, 0), job)
+
     def _warm(self, text: Text, held: Held) -> None:
         self.known.add(text, held.chunk.tokens, _POOL)
         for gone in self.hot.put(text, held):
@@ -324,7 +343,11 @@ class Library:
         except Exception:  # what is not recalled is still found by name
             _log.exception("stored chunks could not be looked through")
 
-    # -- background jobs' results
+    # -- for background jobs
+
+    def _seen(self, text: Text) -> ChunkKv | None:
+        held = self.hot.get(text)
+        return None if held is None else held.chunk
 
     def _take_refined(self, job: Refinement, chunk: ChunkKv) -> None:
         self._counts.refined += 1

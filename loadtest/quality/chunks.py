@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from engine.checkpoint import BUNDLED, load_checkpoint
 from engine.settings import usable_cores
 from loadtest.data import DataError, data_dir
-from loadtest.quality.measuring import FOREIGN, Bench, Cost, Text, costs
+from loadtest.quality.measuring import FOREIGN, Bench, Cost, costs
 from loadtest.quality.methods import Case, Method, methods
 from loadtest.quality.report import Row, checks, checks_table, save, table
 from loadtest.quality.statistics import relative
@@ -48,7 +48,7 @@ class Plan:
     prompts: int = 200
     """Of each task."""
     rounds: int = 9
-    """Measurements of each time, of which the median counts."""
+    """Measurements of each time, of which the fastest counts."""
     workers: int = field(default_factory=usable_cores)
     """Processes that measure divergences, and threads that times are measured with."""
     seed: int = 1
@@ -67,8 +67,7 @@ class Worker:
     def case(self, prompt: Prompt, task: str, index: int) -> Case:
         """A prompt made ready."""
         rng = np.random.default_rng((7, index))
-        elsewhere = [self.tasks.prompt(task, _ELSEWHERE + 2 * index + turn).chunks for turn in range(2)]
-        foreign: list[Text] = [chunk for chunks in elsewhere for chunk in chunks][:FOREIGN]
+        foreign = self.tasks.prompt(task, _ELSEWHERE + index).chunks[:FOREIGN]
         return self.bench.case(prompt, foreign, rng)
 
     def divergences(self, task: str, index: int) -> dict[str, float]:
@@ -206,7 +205,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, figures and plots")
     parser.add_argument("--model", type=Path, default=usual.model, metavar="DIR")
     parser.add_argument("--prompts", type=int, default=usual.prompts, help="per task")
-    parser.add_argument("--rounds", type=int, default=usual.rounds, help="measurements of time; their median counts")
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="measurements of time; the fastest counts")
     parser.add_argument("--workers", type=int, default=usual.workers, help="processes; threads where time is measured")
     parser.add_argument("--seed", type=int, default=usual.seed)
     args = vars(parser.parse_args())

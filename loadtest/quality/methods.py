@@ -22,7 +22,7 @@ OUR_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 _CRAFT = (0.25, 0.5, 1.0)
 Stored = Literal["alone", "head", "seen", "mean"]
 """Where a chunk was computed: from position 0 on; behind the head that all prompts have; in an earlier prompt; behind
-other texts, of which the mean is kept."""
+the head and behind other texts, of which the mean is kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -154,6 +154,22 @@ def test_the_command_line_writes_a_point_or_says_why_not(tmp_path: Path, capsys:
     assert (point.most_loss, point.least_agreement) == (100.0, 0.01)
 
 
+def test_what_the_template_refuses_or_does_not_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "tiny", max_position_embeddings=512)
+    settings = json.loads((tmp_path / "tiny" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% if 'no' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}" + (settings["chat_template"])
+    )
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(settings))
+    lines = [{"chunks": [text], "question": "what?"} for text in ("some " * 20, "text " * 200, "no " * 30)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ["calibrate", "--model", str(tmp_path / "tiny"), "--prompts", str(tmp_path / "p.jsonl"), "--threads", "1"]
+    assert main(given) == 2
+    assert "--prompts: prompt 3: " in capsys.readouterr().err
+    assert main([*given, "--prompts-limit", "2"]) == 2
+    assert "1 of 2 prompts have" in capsys.readouterr().err
+
+
 def test_wrong_command_lines_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", "--model", str(tmp_path / "absent")]) == 2
     assert main(["calibrate", "--model", "bundled", "--out", str(tmp_path / "no" / "where")]) == 2

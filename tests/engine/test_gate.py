@@ -54,7 +54,7 @@ def test_long_good_times_do_not_delay_it() -> None:
 
 def test_good_checks_open_it_again_and_all_is_told() -> None:
     gate = closed()
-    assert gate.figures().closings == 1
+    assert gate.figures().closings == gate.closings == 1
     changes = [gate.observe(0.002, True) for _ in range(600)]
     assert sum(changes) == 1
     assert gate.open

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from cachestore.kv import Lost, Tier
+from cachestore.kv import Geometry, Happening, Key, KvStore, Lost, Options, Tier
+from cachestore.kv.shelf import Blob, MemoryShelf, Ticket
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reuse.known import ChunkRemoved, ChunkStored
 from tests.engine import checkpoints
@@ -194,6 +197,79 @@ def test_checks_switch_reuse_off_when_it_loses_too_much(checkpoint: Checkpoint) 
         assert asked(made, TWO, THREE, ONE, TWO) == (0, "none")
         made.settled()
         assert made.library.figures().gate.checks == checks + 1  # they go on
+
+
+class Broken(MemoryShelf):
+    """Cannot be asked for anything."""
+
+    def fetch(self, blob: Blob) -> Ticket:
+        raise OSError("broken")
+
+    def tier(self, key: Key, index: int) -> Tier:
+        raise OSError("broken")
+
+
+def test_a_store_that_breaks_costs_nobody_an_answer(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    config = checkpoint.config
+    geometry = Geometry(checkpoint.fingerprint, config.layers, config.kv_heads, config.head_dim, checkpoint.dtype)
+
+    def opened(observe: Callable[[Happening], None]) -> KvStore:
+        return KvStore(geometry, Broken(), Options(1 << 24, codec="raw"), observe=observe)
+
+    with rig(checkpoint, hot=0, store=opened) as made:
+        assert asked(made, ONE, TWO)[0] == 0
+        made.settled()
+        prompt, spans = prompt_of(TWO, ONE)
+        assert made.ask(prompt, *spans).tokens == made.ask(prompt, *spans, exact=True).tokens
+        made.library.store._asked = 0  # what broke while it was asked never came back
+    assert "chunks could not be looked for" in caplog.text
+
+
+@pytest.mark.parametrize("stalled", ["heads", "parts"])
+def test_a_store_that_does_not_answer_is_not_waited_for(checkpoint: Checkpoint, stalled: str) -> None:
+    shelf = Stalling(range(1) if stalled == "heads" else range(1, 9))
+    config = checkpoint.config
+    geometry = Geometry(checkpoint.fingerprint, config.layers, config.kv_heads, config.head_dim, checkpoint.dtype)
+
+    def opened(observe: Callable[[Happening], None]) -> KvStore:
+        return KvStore(geometry, shelf, Options(1 << 24, codec="raw", patience=0.1), observe=observe)
+
+    with rig(checkpoint, hot=0, store=opened, patience=0.1, selector="full") as made:
+        asked(made, ONE, TWO)
+        made.settled()
+        prompt, spans = prompt_of(TWO, ONE)
+        late = made.ask(prompt, *spans)
+        assert late.chunks == (0, "none")
+        assert late.tokens == made.ask(prompt, *spans, exact=True).tokens
+        made.settled()
+        assert made.library.figures().store.lost == {Lost.LATE: 1 if stalled == "heads" else 2}
+
+
+class Stalling(MemoryShelf):
+    """These of every chunk's blobs never come."""
+
+    def __init__(self, stalled: range) -> None:
+        super().__init__()
+        self._stalled = stalled
+
+    def fetch(self, blob: Blob) -> Ticket:
+        return Never() if blob.index in self._stalled else super().fetch(blob)
+
+
+class Never:
+    """A ticket for what does not come."""
+
+    tier = Tier.DISK
+
+    def done(self, timeout: float = 0.0) -> bool:
+        time.sleep(timeout)
+        return False
+
+    def code(self) -> Tensor | None:
+        return None
+
+    def release(self) -> None:
+        pass
 
 
 def test_answers_given_up_leave_nothing_behind(checkpoint: Checkpoint) -> None:

@@ -51,6 +51,9 @@ class Shelf:
     def computed(self, tokens: int, seconds: float) -> None:
         assert tokens > 1
 
+    def told(self, pool: KvPool) -> None:
+        pass
+
     def idle(self) -> bool:
         return False
 

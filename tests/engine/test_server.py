@@ -222,11 +222,15 @@ async def test_a_client_that_leaves_while_waiting_ends_its_generation(served: Se
 async def test_a_full_queue_says_when_to_come_back(served: Served, client: openai.AsyncOpenAI) -> None:
     streams = [await client.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]
     await reach(served, "hitpath_engine_running", 4)
-    streams += [await client.chat.completions.create(**ENDLESS, stream=True) for _ in range(8)]
+    # A stream begins with its first token, so these wait with their requests.
+    waiting = [asyncio.create_task(client.chat.completions.create(**ENDLESS, stream=True)) for _ in range(8)]
     await reach(served, "hitpath_engine_waiting", 8)
     with pytest.raises(openai.RateLimitError) as full:
         await client.chat.completions.create(**ENDLESS, stream=True)
     assert 1 <= int(full.value.response.headers["retry-after"]) <= 60
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
     for stream in streams:
         await stream.close()
     await idle(served)
