@@ -92,7 +92,7 @@ class Target:
     note: str = ""
     """Of the engine's settings, where several are compared."""
     figures: Callable[[], Mapping[str, float]] = dict
-    """What the engine counts, by name in `/metrics` and labels."""
+    """What the engine counts, by name in `/metrics` and kind."""
 
 
 def guidellm(target: Target, binaries: Path, out: Path) -> Verdict:
@@ -281,10 +281,7 @@ def _figures(url: str) -> Mapping[str, float]:
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         families = text_string_to_metric_families(response.read().decode())
         samples = [sample for family in families for sample in family.samples]
-    return {
-        sample.name + "".join(value for label, value in sample.labels.items() if label != "model_name"): sample.value
-        for sample in samples
-    }
+    return {f"{sample.name}{sample.labels.get('kind', '')}": sample.value for sample in samples}
 
 
 @contextlib.contextmanager
