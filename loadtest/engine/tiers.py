@@ -192,6 +192,8 @@ class Tally:
     """Leading characters that agree, of …"""
     characters: int = 0
     slowest: float = 0.0
+    memory: float = 0.0
+    """MiB of the engine in the end."""
     tiers: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
@@ -283,6 +285,7 @@ async def soak(texts: Sequence[str], engines: tuple[Served, Served], place: Plac
         for number, (name, injury) in enumerate(injuries.items()):
             with injury(place):
                 phases[name] = await Load(texts, on, off, number).phase(minutes * 60 / len(injuries))
+                phases[name].memory = engines[0].resident() / _MiB
         watching.cancel()
         await on.quiet()
         await asyncio.sleep(3)  # books are checked a second after the last step
@@ -352,14 +355,14 @@ def run(model: Path, checkpoint: Checkpoint, manner: Manner, minutes: float) -> 
 
 def _lines(verdict: Verdict) -> Iterator[str]:
     yield f"\n{verdict.selector}"
-    yield "| phase | answered | failed | same answer | same leading characters | slowest, s | tiers |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| phase | answered | failed | same answer | same leading characters | slowest, s | MiB | tiers |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, tally in verdict.phases.items():
         shares = (tally.equal / max(1, tally.answered), tally.same / max(1, tally.characters))
         tiers = ", ".join(f"{tier} {count}" for tier, count in sorted(tally.tiers.items()))
         yield (
             f"| {name} | {tally.answered} | {tally.failed} | {shares[0]:.3f} | {shares[1]:.3f} | {tally.slowest:.2f} "
-            f"| {tiers} |"
+            f"| {tally.memory:.0f} | {tiers} |"
         )
     warm, end = verdict.memory_mib
     yield f"memory: {warm:.0f} MiB warm, {end:.0f} in the end, {verdict.growth:+.2f} a minute"
