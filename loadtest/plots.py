@@ -56,7 +56,11 @@ def chunks(path: Path, rows: Sequence[Row], task: str) -> None:
     for place, (label, members) in enumerate(kinds.items()):
         members.sort(key=lambda row: row.ratio)
         times, losses = [row.seconds for row in members], [row.quality[task].value for row in members]
-        style = {"linewidth": 2.5, "color": "black"} if label == "sensitive, mean" else {"color": f"C{place % 10}"}
+        style = (
+            {"linewidth": 2.5, "color": "black"}
+            if label in ("sensitive, mean", "early, mean")
+            else {"color": f"C{place % 10}"}
+        )
         axes.plot(times, losses, marker="os^vD"[place // 10 % 5], markersize=4, label=label, **style)
     axes.set(yscale="log", xlabel="time / full prefill", ylabel="KL / none stored alone", title=task)
     axes.grid(alpha=0.3)

@@ -89,7 +89,7 @@ def grid() -> list[Candidate]:
     found = []
     stores: tuple[Stored, ...] = ("mean", "head", "seen", "alone")
     for stored in stores:
-        found.append(Candidate("none", 0.0, stored))
+        found += [Candidate("none", 0.0, stored), Candidate("early", 0.0, stored), Candidate("early", 0.05, stored)]
         for ratio in _RATIOS:
             names: tuple[SelectorName, ...] = ("sensitive", "epic", "cacheblend", "kvshare")
             found += [Candidate(name, ratio, stored) for name in names]

@@ -20,7 +20,7 @@ from engine.errors import SettingsError
 from engine.reuse.blending import Selector
 from engine.reuse.cachecraft import CacheCraft
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing
-from engine.reuse.sensitivity import Sensitive
+from engine.reuse.sensitivity import Early, Sensitive
 
 VERSION = 1
 """Grows when an older reader would misunderstand a file."""
@@ -28,7 +28,7 @@ VERSION = 1
 FILE = "reuse.json"
 """Its name beside a model."""
 
-SelectorName = Literal["full", "none", "epic", "cacheblend", "kvshare", "cachecraft", "sensitive"]
+SelectorName = Literal["full", "none", "epic", "cacheblend", "kvshare", "cachecraft", "sensitive", "early"]
 Stored = Literal["mean", "head", "alone", "seen"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -44,6 +44,7 @@ _MADE: Mapping[SelectorName, Callable[[float], Selector]] = {
     # Its own formula says how much of each chunk, from 0 to 1 at scale 1; the ratio is twice what that is unknown.
     "cachecraft": lambda ratio: CacheCraft(scale=2 * ratio),
     "sensitive": Sensitive,
+    "early": Early,
 }
 
 

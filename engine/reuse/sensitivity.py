@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.reuse.blending import best, share
+from engine.reuse.blending import Look, best, share
 from engine.reuse.chunks import BlendPrompt, ChunkKv
 from engine.reuse.selectors import Chosen
 
@@ -74,3 +74,30 @@ class Sensitive(Chosen):
                 chosen[piece.start : piece.start + share(self.ratio, piece.count)] = True
         known = prompt.reused & (scores > 0)
         return chosen | best(scores, known, share(self.ratio, int(prompt.reused.sum())) - int(chosen.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """Everything up to the keys and values of an early layer, and beyond it the most sensitive tokens; with 0, none.
+
+    What a model copies by is often in its first two layers: there a small deviation of every token spoils the match,
+    and no choice of tokens mends that. In a deep model those layers are a small part of the work.
+    """
+
+    ratio: float
+    layer: int = 1
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """See `Selector`."""
+        return (self.layer,)
+
+    def choose(self, prompt: BlendPrompt) -> Tensor:
+        """See `Selector`."""
+        return torch.ones_like(prompt.reused)
+
+    def narrow(self, layer: int, look: Look) -> Tensor:
+        """See `Selector`."""
+        if not self.ratio:
+            return torch.zeros_like(look.reused)
+        return Sensitive(self.ratio).choose(look.prompt).to(look.positions.device)[look.positions]

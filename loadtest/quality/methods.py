@@ -14,11 +14,12 @@ from engine.reuse.blending import Selector, best, share
 from engine.reuse.cachecraft import CacheCraft
 from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
 from engine.reuse.selectors import CacheBlend, Chosen, Epic, Full, KvShare, Nothing, Random
-from engine.reuse.sensitivity import Sensitive, deviation_of
+from engine.reuse.sensitivity import Early, Sensitive, deviation_of
 from loadtest.quality.tasks import Prompt
 
 RATIOS = (0.05, 0.15, 0.30)
 OUR_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
+_EARLY = (0.0, 0.05, 0.15)
 _CRAFT = (0.25, 0.5, 1.0)
 Stored = Literal["alone", "head", "seen", "mean"]
 """Where a chunk was computed: from position 0 on; behind the head that all prompts have; in an earlier prompt; behind
@@ -97,6 +98,7 @@ def methods() -> list[Method]:
     rows += [_method("sensitive", ratio, Sensitive(ratio), "alone", turned=turned) for ratio, turned in _turned()]
     rows += [_method("sensitive", ratio, Sensitive(ratio), "head") for ratio in RATIOS]
     rows += [_method("sensitive", ratio, Sensitive(ratio), "mean") for ratio in OUR_RATIOS]
+    rows += [_method("early", ratio, Early(ratio), stored) for stored in ("head", "mean") for ratio in _EARLY]
     rows += [_method("cachecraft", scale, CacheCraft(scale), "seen") for scale in _CRAFT]
     rows += [_method("cachecraft", scale, CacheCraft(scale), "seen", turned=False) for scale in _CRAFT]
     return rows

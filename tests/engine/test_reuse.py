@@ -16,7 +16,7 @@ from engine.reuse.cachecraft import CacheCraft, Observer, context_index, overhea
 from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed
 from engine.reuse.placing import moved, turn
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
-from engine.reuse.sensitivity import Sensitive, averaged, deviation_of, measured
+from engine.reuse.sensitivity import Early, Sensitive, averaged, deviation_of, measured
 from engine.reuse.trial import Trial
 from engine.rope import rotate
 from tests.engine.checkpoints import write
@@ -53,6 +53,8 @@ SELECTORS: tuple[Selector, ...] = (
     CacheBlend(((0, 0.6), (1, 0.4), (2, 0.2)), "v"),
     KvShare(0.2),
     Sensitive(0.2),
+    Early(0.2),
+    Early(0.0),
     CacheCraft(0.5, focus=0.5),
 )
 
