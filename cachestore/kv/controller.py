@@ -131,8 +131,14 @@ class Wanted:
 class Controller:
     """The running estimates, and the plan that follows from them. One thread owns it."""
 
-    def __init__(self, *, prefill: float = 1_000.0, reading: float = 1e9, decoding: float = 1e9) -> None:
-        """First guesses: tokens computed, bytes read and decoded a second. The first observations replace them."""
+    def __init__(
+        self, *, prefill: float = 1_000.0, reading: float = 1e9, decoding: float = 1e9, apart: bool = True
+    ) -> None:
+        """First guesses: tokens computed, bytes read and decoded a second. The first observations replace them.
+
+        `apart`: who decodes does not take the cores of who computes, so that computing is free meanwhile.
+        """
+        self._apart = apart
         self._guess = {"read": reading, "decode": decoding}
         self._prefill = Rate(prefill)
         self._reading: dict[Tier, Rate] = {}
@@ -164,7 +170,8 @@ class Controller:
         loaded = sum(one.tokens for one, choice in zip(wanted, choices, strict=True) if isinstance(choice, Loaded))
         computed = rest + sum(one.tokens for one in wanted) - loaded
         loading = sum(choice.seconds for choice in choices if isinstance(choice, Loaded))
-        ratio = self._ratio(loaded, loading, self._prefill.seconds(computed), least)
+        waiting = loading if self._apart else sum(map(self._reading_of, choices))
+        ratio = self._ratio(loaded, waiting, self._prefill.seconds(computed), least)
         return Plan(choices, ratio, loading, self._prefill.seconds(computed + ratio * loaded))
 
     def _choose(self, wanted: Wanted, least: float) -> Choice:
@@ -176,6 +183,10 @@ class Controller:
             if max(seconds, self._prefill.seconds(math.ceil(least * wanted.tokens))) < computing:
                 return Loaded(best, seconds)
         return Recomputed(computing)
+
+    def _reading_of(self, choice: Choice) -> float:
+        """Seconds until its bytes are there."""
+        return self._tier(choice.source.tier).seconds(choice.source.size) if isinstance(choice, Loaded) else 0.0
 
     def _ratio(self, loaded: int, loading: float, busy: float, least: float) -> float:
         """The share of `loaded` tokens that can be computed while they are loaded, where `busy` seconds are taken."""

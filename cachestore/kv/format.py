@@ -19,13 +19,13 @@ from torch import Tensor
 
 from cachestore.kv.codecs import CODECS, Damaged, Form
 
-LAYOUT = 2
+LAYOUT = 3
 """Grows whenever head, parts or a codec change; chunks of another version are never read."""
 _MAGIC = b"HPKVHEAD"
 _FIXED = struct.Struct("<8sHHHHII16s16s16s")
 _PART = struct.Struct("<HHQ16s")
 _CHECK = 16
-_LEAST = 1 << 18
+_LEAST = 1 << 19
 """Bytes of keys and values that a part has at least: smaller reads cost more than they hide."""
 
 

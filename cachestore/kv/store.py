@@ -390,7 +390,7 @@ class KvStore:
             self._enter(kept.key, kept.size)
         self._inherited = {kept.key: kept.head for kept in inherited if kept.key in self._ledger}
         """What an earlier process left and `recall` has not told: by key, the bytes of its head."""
-        self._decoder = ThreadPoolExecutor(1, "kv-decode")
+        self._decoder = ThreadPoolExecutor(1, "kv-decode", initializer=_alone)
         self._orders: Queue[_Order | Key | None] = Queue()
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
         self._writer.start()
@@ -741,6 +741,11 @@ class KvStore:
             self._drop(key)
             self._tell(Gone(key))
             self._evict(victims)
+
+
+def _alone() -> None:
+    """One thread decodes: others would take the cores of whoever computes meanwhile."""
+    torch.set_num_threads(1)
 
 
 def _step_back() -> None:

@@ -17,6 +17,9 @@ from torch.nn import functional
 from engine.attention import LayerPool, Packed
 from engine.ops import padded
 
+_STRETCH = 512
+"""Positions that share a kernel call where a prompt's new tokens lie far apart: all of a call meet as many keys."""
+
 _SMALL = 8
 """Up to this many blocks, decoding sequences share one batch: padding costs less than another call."""
 
@@ -46,18 +49,29 @@ class _Decodes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prompt:
-    """Several new tokens of one sequence; without `keys` they are all there is, and plainly causal.
+class _Part:
+    """New tokens of one sequence that share a kernel call.
 
     Computed as so many rows and whole blocks of keys as `padded` says, which see nothing or are seen by nobody.
     """
 
     rows: slice
+    """Of the sequence's."""
     missing: int
     """Rows that are added."""
-    keys: _Keys | None
+    seen: slice
+    """Of the sequence's keys."""
     mask: Tensor | None
     """[T + missing, width], of `_mask`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompt:
+    """Several new tokens of one sequence; without `keys` they are all there is, and plainly causal."""
+
+    rows: slice
+    keys: _Keys | None
+    parts: tuple[_Part, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,20 +132,15 @@ class SdpaBackend:
 
     def _prefill(self, queries: Tensor, pool: LayerPool, prompt: _Prompt, fresh: tuple[Tensor, Tensor]) -> Tensor:
         """[T, H, D] to [T, H, D]."""
-        rows, more = len(queries), (0, 0, 0, 0, 0, prompt.missing)
         if prompt.keys is None:
+            more = (0, 0, 0, 0, 0, prompt.parts[0].missing)
             keys, values = (functional.pad(part[prompt.rows], more).transpose(0, 1)[None] for part in fresh)
         else:
             keys, values = self._gather(pool, prompt.keys, 1)
-        seen = functional.scaled_dot_product_attention(
-            functional.pad(queries, more).transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=prompt.mask,
-            is_causal=prompt.mask is None,
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
-        return seen[0].transpose(0, 1)[:rows].contiguous()
+        seen = [
+            _attended(queries[part.rows], keys[:, :, part.seen], values[:, :, part.seen], part) for part in prompt.parts
+        ]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
 
     def _gather(self, pool: LayerPool, keys: _Keys, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each [B, K, width, D]; valid until the next call."""
@@ -148,6 +157,19 @@ class SdpaBackend:
             found = torch.index_select(part, 0, keys.blocks, out=scratch[:count]).view(batch, -1, *tail)
             gathered.append(found[:, keys.skipped : keys.skipped + keys.width].transpose(1, 2))
         return gathered[0], gathered[1]
+
+
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, part: _Part) -> Tensor:
+    """[T, H, D] to [T, H, D], over keys and values [1, K, S, D]."""
+    seen = functional.scaled_dot_product_attention(
+        functional.pad(queries, (0, 0, 0, 0, 0, part.missing)).transpose(0, 1)[None],
+        keys,
+        values,
+        attn_mask=part.mask,
+        is_causal=part.mask is None,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+    return seen[0].transpose(0, 1)[: len(queries)].contiguous()
 
 
 def _decodes(
@@ -182,19 +204,42 @@ def _first_block(total: int, window: int | None, block_size: int) -> int:
 
 def _prompt(packed: Packed, index: int, rows: slice, window: int | None, block_size: int) -> _Prompt:
     count, total = packed.counts[index], packed.totals[index]
-    missing = padded(count) - count
     if count == total and (window is None or total <= window):
-        return _Prompt(rows, missing, None, None)
+        missing = padded(count) - count
+        return _Prompt(rows, None, (_Part(slice(0, count), missing, slice(0, count + missing), None),))
     begin = total - count if packed.firsts is None else packed.firsts[index]
     first = 0 if window is None else max(0, begin - window + 1)
     first, last = first // block_size * block_size, -(-total // block_size) * block_size
-    keys = _keys(packed.tables[index], first, last, block_size)
-    distance = packed.positions[rows][:, None] - torch.arange(first, last, device=packed.ids.device)
-    seen = distance >= 0
+    positions = packed.positions[rows]
+    parts = []
+    for start, stop in _stretches(positions, begin, total):
+        # To whole blocks, for the kernel's sake.
+        end = total if stop == count else int(positions[stop - 1]) + 1
+        seen = slice(0, min(last, -(-end // block_size) * block_size) - first)
+        parts.append(_part(positions[start:stop], slice(start, stop), first, seen, window))
+    return _Prompt(rows, _keys(packed.tables[index], first, last, block_size), tuple(parts))
+
+
+def _part(positions: Tensor, rows: slice, first: int, seen: slice, window: int | None) -> _Part:
+    """Tokens at these positions, which are those `rows`, over the keys from `first` on."""
+    missing = padded(len(positions)) - len(positions)
+    distance = positions[:, None] - torch.arange(first, first + seen.stop, device=positions.device)
+    mask = distance >= 0
     if window is not None:
-        seen &= distance < window
+        mask &= distance < window
     # Rows that are added see everything: seeing nothing would make them NaN.
-    return _Prompt(rows, missing, keys, _mask(functional.pad(seen, (0, 0, 0, missing), value=True)))
+    return _Part(rows, missing, seen, _mask(functional.pad(mask, (0, 0, 0, missing), value=True)))
+
+
+def _stretches(positions: Tensor, begin: int, total: int) -> list[tuple[int, int]]:
+    """How rows at these ascending positions, from `begin` to `total`, are shared out among kernel calls."""
+    count = len(positions)
+    # Looking at them would have to wait for a GPU, and tokens side by side see almost the same.
+    if positions.device.type != "cpu" or total - begin <= max(2 * count, _STRETCH):
+        return [(0, count)]
+    found = torch.searchsorted(positions, torch.arange(begin, total, _STRETCH)).tolist()
+    cuts = [cut for cut in sorted(set(found)) if cut < count]
+    return list(zip(cuts, [*cuts[1:], count], strict=True))
 
 
 def _mask(seen: Tensor) -> Tensor:

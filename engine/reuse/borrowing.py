@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,9 +130,8 @@ class Borrowing:
         blended = sequence.blended
         if blended is not None:
             self._account(blended, sequence)
-        for start, stop in self._job.spans:
-            if start >= self._first and not _kept_within(sequence, start, stop):
-                self._library.keep(Keeping(self._job, start, stop, slots[start:stop]))
+        for start, stop in self._new(blended):
+            self._library.keep(Keeping(self._job, start, stop, slots[start:stop]))
         for part in self._parts:
             if part.order is not None and self._fetch is not None:
                 self._library.fetched(self._fetch, part.order)
@@ -144,6 +143,17 @@ class Borrowing:
             self._library.compare(Check(self._job.prompt, scores.clone(), self._shadow))
         elif self._used.chunks and self._library.sampled():
             self._library.compare(Check(self._job.prompt, scores.clone()))
+
+    def _new(self, blended: Blended | None) -> Iterator[tuple[int, int]]:
+        """What of the marked texts was neither known as a prefix nor brought by chunks, and is worth keeping."""
+        placed = () if blended is None else blended.prompt.placed
+        for span in self._job.spans:
+            start = max(span[0], self._first)
+            borders = [(piece.start, piece.stop) for piece in placed if piece.stop > start and piece.start < span[1]]
+            for before, after in (*borders, (span[1], span[1])):
+                if (start, before) == span or before - start >= self._library.point.least:
+                    yield start, before
+                start = after
 
     def _account(self, blended: Blended, sequence: Row) -> None:
         kept = 0 if sequence.kept is None else len(sequence.kept)
@@ -194,9 +204,3 @@ class Borrowing:
 
     def _selector(self, ratio: float | None) -> Selector:
         return self._library.point.made(ratio)
-
-
-def _kept_within(sequence: Row, start: int, stop: int) -> bool:
-    """Whether some of these tokens were not computed."""
-    kept = sequence.kept
-    return kept is not None and bool(((kept >= start) & (kept < stop)).any())

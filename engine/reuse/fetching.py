@@ -39,6 +39,9 @@ class Order:
         return self.versions[0].tokens
 
 
+_HEADS = 0.2
+"""Share of the patience that heads get."""
+
 Planner = Callable[[Sequence[Wanted]], Plan]
 
 
@@ -56,7 +59,7 @@ class Fetch:
         device: torch.device,
         patience: float,
     ) -> None:
-        """Begins; does not wait. `patience`: seconds for what is known of the chunks; the store's own holds after."""
+        """Begins; does not wait. `patience`: seconds, of which heads get a fifth; for the rest the store has its."""
         self.orders = tuple(orders)
         self._store, self._plan, self._changed, self._device, self._patience = store, plan, changed, device, patience
         self._arrived = threading.Condition()

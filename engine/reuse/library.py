@@ -86,7 +86,7 @@ class Library:
         self._wake: Callable[[], None] = _nobody
         self.gate = Gate(point.most_loss, point.least_agreement)
         self.hot, self.known = Hot(hot), Known(MOST_KNOWN)
-        self._controller, self._controlled = Controller(), threading.Lock()
+        self._controller, self._controlled = Controller(apart=checkpoint.device.type != "cpu"), threading.Lock()
         self._random = random.Random(seed)
         self._counts = _Counts()
         self.idle_jobs = IdleJobs(

@@ -47,8 +47,9 @@ def place(pool: KvPool, prompt: BlendPrompt, slots: Tensor, rope: Rope, *, turne
     """
     for piece in prompt.placed:
         by = turn_of(rope, piece, len(prompt.tokens), slots.device) if turned else None
+        run = run_of(slots[piece.start : piece.stop])
         for memory, layer in zip(pool.layers, piece.chunk.layers, strict=True):
-            write(memory, piece, layer, slots[piece.start : piece.stop], by)
+            write(memory, piece, layer, run, by)
 
 
 def turn_of(rope: Rope, piece: Placed, span: int, device: torch.device) -> Turn | None:
@@ -57,7 +58,21 @@ def turn_of(rope: Rope, piece: Placed, span: int, device: torch.device) -> Turn 
     return turn(rope, piece.count, piece.offset, piece.start, spans, device)
 
 
-def write(memory: LayerPool, piece: Placed, layer: Tensor, slots: Tensor, by: Turn | None) -> None:
-    """Put what is placed of a chunk, whose [2, T, K, D] `layer` is, at slots int64 [count]."""
-    part = layer[:, piece.offset : piece.offset + piece.count].to(slots.device, non_blocking=True)
-    memory.write(slots, moved(part[0], by), part[1])
+def write(memory: LayerPool, piece: Placed, layer: Tensor, slots: Tensor | slice, by: Turn | None) -> None:
+    """Put what is placed of a chunk, whose [2, T, K, D] `layer` is, at slots int64 [count], or a run of them."""
+    part = layer[:, piece.offset : piece.offset + piece.count].to(memory.keys.device, non_blocking=True)
+    keys = moved(part[0], by)
+    if isinstance(slots, Tensor):
+        memory.write(slots, keys, part[1])
+    else:
+        memory.keys.view(-1, *keys.shape[1:])[slots] = keys
+        memory.values.view(-1, *keys.shape[1:])[slots] = part[1]
+
+
+def run_of(slots: Tensor) -> Tensor | slice:
+    """Slots side by side as a run, which is written many times faster; others, and a GPU's, as they are."""
+    if slots.device.type != "cpu" or not len(slots):
+        return slots
+    first = int(slots[0])
+    side_by_side = torch.equal(slots, torch.arange(first, first + len(slots)))
+    return slice(first, first + len(slots)) if side_by_side else slots

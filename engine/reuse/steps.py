@@ -22,7 +22,7 @@ from engine.attention import LayerPool, Packed
 from engine.model import Turned
 from engine.reuse.blending import Selector, look_at
 from engine.reuse.chunks import BlendPrompt, Placed
-from engine.reuse.placing import turn_of, write
+from engine.reuse.placing import run_of, turn_of, write
 from engine.rope import Rope
 from engine.sequence import Positions
 
@@ -128,17 +128,19 @@ class _Placing:
 
     def __init__(self, blended: Blended, start: int, slots: Tensor, rope: Rope) -> None:
         """What lies before `start` is known, may be shared, and is left alone."""
-        self._blended, self._slots = blended, slots
+        self._blended = blended
         self._pieces = [_behind(piece, start) for piece in blended.prompt.placed]
+        self._slots = [run_of(slots[piece.start : piece.stop]) for piece in self._pieces]
         span = len(blended.prompt.tokens)
         self._turns = [turn_of(rope, piece, span, slots.device) for piece in self._pieces]
 
     def place(self, layer: int, memory: LayerPool) -> bool:
         """Write this layer of all chunks; False if one of them is lost."""
-        for piece, by, tensor in zip(self._pieces, self._turns, self._layer(layer), strict=True):
+        pieces = zip(self._pieces, self._turns, self._slots, self._layer(layer), strict=True)
+        for piece, by, slots, tensor in pieces:
             if tensor is None:
                 return False
-            write(memory, piece, tensor, self._slots[piece.start : piece.stop], by)
+            write(memory, piece, tensor, slots, by)
         return True
 
     def _layer(self, layer: int) -> Sequence[Tensor | None]:

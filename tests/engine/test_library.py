@@ -82,6 +82,23 @@ def test_runs_that_nobody_marked_are_found_wherever_they_begin(reusing: Rig) -> 
     assert answer.prompted.used.kept + answer.prompted.used.recomputed == 100
 
 
+def test_of_a_text_that_is_partly_known_the_rest_is_kept(reusing: Rig) -> None:
+    """As with prompts that are one message, and begin alike."""
+    for text in ([*THREE, *ONE], [*THREE, *TWO]):
+        reusing.ask([1, *text, 5], (1, 1 + len(text)))
+    answer = reusing.ask([2, *TWO, 8, *ONE, 9])
+    assert answer.chunks[0] == 2
+    used = answer.prompted.used
+    assert used.kept + used.recomputed >= len(ONE) + len(TWO) - 16  # blocks of the prefix are whole
+
+
+def test_of_a_text_in_which_a_chunk_stands_the_rest_is_kept(reusing: Rig) -> None:
+    reusing.ask([1, *ONE, 5], (1, 1 + len(ONE)))
+    text = [*THREE, *ONE, *TWO]
+    assert reusing.ask([2, *text, 5], (1, 1 + len(text))).chunks[0] == 1
+    assert reusing.ask([3, *TWO, 8, *THREE, 9]).chunks[0] == 2
+
+
 def test_tenants_do_not_see_each_others_chunks(reusing: Rig) -> None:
     assert asked(reusing, ONE, TWO, tenant="a")[0] == 0
     assert asked(reusing, TWO, ONE, tenant="b")[0] == 0

@@ -133,7 +133,8 @@ async def test_reuse_through_restarts_and_damage(model: Path, tmp_path: Path) ->
             _, header = await client.ask(body(TWO, ONE))
             assert said(header)["chunks"] == "0"
             assert (await client.figures())['hitpath_engine_kv_lost_total{reason="damaged"}'] >= 1
-            shutil.rmtree(disk)
+            while disk.exists():  # something may be written meanwhile
+                shutil.rmtree(disk, ignore_errors=True)
             for parts in ((ONE, TWO), (THREE, ONE), (TWO, THREE)):
                 answer, _ = await client.ask(body(*parts))
                 assert len(text(answer)) > 0

@@ -9,7 +9,7 @@ from cachestore.kv.format import Chunk, Geometry
 from cachestore.kv.store import KvStore, Load, Refusal, Slot
 
 GEOMETRY = Geometry("weights-1", layers=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-LONG = 1024
+LONG = 2048
 """Tokens of a chunk whose layers are parts of their own."""
 
 

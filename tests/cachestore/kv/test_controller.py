@@ -165,3 +165,10 @@ def test_the_smallest_codec_that_is_good_enough() -> None:
     assert smallest_within(loss, size, 1e-3) == "int8"
     assert smallest_within(loss, size, 1.0) == "int4"
     assert smallest_within(loss, size, -1.0) == "raw"
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_decoding_on_the_cores_that_compute_makes_nothing_free(apart: bool) -> None:
+    controller = Controller(prefill=1_000.0, reading=1e9, decoding=1e6, apart=apart)
+    plan = controller.plan([Wanted(1_000, [Source(Tier.DISK, "raw", 1_000, 500_000)])], least=0.15)
+    assert plan.ratio == (pytest.approx(0.5, abs=0.01) if apart else 0.15)
