@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from engine.attention import LayerPool, Packed
 from engine.model import Turned
 from engine.reuse.blending import Selector, look_at
-from engine.reuse.chunks import BlendPrompt, Placed
-from engine.reuse.placing import run_of, turn_of, write
+from engine.reuse.chunks import BlendPrompt
+from engine.reuse.placing import Placing
 from engine.rope import Rope
 from engine.sequence import Positions
 
@@ -76,7 +76,7 @@ class StepBlend:
         """`pieces` by place in the step."""
         self._pieces = pieces
         self._placings = {
-            index: _Placing(piece.blended, piece.start, piece.slots, rope)
+            index: _Coming(piece.blended, piece.start, piece.slots, rope)
             for index, piece in pieces.items()
             if piece.slots is not None
         }
@@ -123,24 +123,20 @@ class StepBlend:
         return kept, packed.narrowed(kept, tuple(counts), tuple(firsts))
 
 
-class _Placing:
+class _Coming:
     """One sequence's chunks on their way into the pool."""
 
     def __init__(self, blended: Blended, start: int, slots: Tensor, rope: Rope) -> None:
         """What lies before `start` is known, may be shared, and is left alone."""
         self._blended = blended
-        self._pieces = [_behind(piece, start) for piece in blended.prompt.placed]
-        self._slots = [run_of(slots[piece.start : piece.stop]) for piece in self._pieces]
-        span = len(blended.prompt.tokens)
-        self._turns = [turn_of(rope, piece, span, slots.device) for piece in self._pieces]
+        self._placing = Placing(blended.prompt, slots, rope, start=start)
 
     def place(self, layer: int, memory: LayerPool) -> bool:
         """Write this layer of all chunks; False if one of them is lost."""
-        pieces = zip(self._pieces, self._turns, self._slots, self._layer(layer), strict=True)
-        for piece, by, slots, tensor in pieces:
-            if tensor is None:
-                return False
-            write(memory, piece, tensor, slots, by)
+        layers = [tensor for tensor in self._layer(layer) if tensor is not None]
+        if len(layers) < len(self._blended.prompt.placed):
+            return False
+        self._placing.write(memory, layers)
         return True
 
     def _layer(self, layer: int) -> Sequence[Tensor | None]:
@@ -151,13 +147,7 @@ class _Placing:
             return source.layer(layer)
         except Exception:  # whatever it is, the tokens can be computed
             log.exception("chunks could not be loaded")
-            return [None] * len(self._turns)
-
-
-def _behind(piece: Placed, start: int) -> Placed:
-    """What of it stands at `start` or behind; it may be nothing."""
-    before = min(max(0, start - piece.start), piece.count)
-    return replace(piece, start=piece.start + before, offset=piece.offset + before, count=piece.count - before)
+            return []
 
 
 def _stays(layer: int, piece: Piece, turned: Turned, index: int, rows: slice) -> Tensor:
