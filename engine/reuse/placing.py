@@ -100,7 +100,7 @@ class _Group:
         keys = [part[0] for part in parts]
         if self._by is not None:
             whole = torch.cat(keys) if len(keys) > 1 else keys[0]
-            keys = list(rotate(whole.float(), *self._by).split([len(part) for part in keys]))
+            keys = list(torch.split(rotate(whole.float(), *self._by), [len(part) for part in keys]))
         for slots, key, part in zip(self._slots, keys, parts, strict=True):
             _write(memory, slots, key, part[1])
 
