@@ -88,6 +88,8 @@ class LmcacheShelf:
         self._failed: dict[Key, None] = {}
         self._lull: float | None = None
         self._abandoned: list[_Fetch] = []
+        self._flights: dict[Any, _Flight] = {}
+        """By object: what is bringing it."""
         self._directory: Path | None = None
         self._held: DirectoryLock | None = None
         self._slower: list[Tier] = []
@@ -221,6 +223,20 @@ class LmcacheShelf:
         """Whether there is anything but memory."""
         return bool(self._slower)
 
+    def flight(self, name: Any, blob: Blob) -> tuple[_Flight, bool]:
+        """What brings an object, and whether it was begun just now."""
+        with self._lock:
+            if (known := self._flights.get(name)) is not None:
+                return known, False
+            begun = self._flights[name] = _Flight(self, name, blob)
+            return begun, True
+
+    def landed(self, name: Any, flight: _Flight) -> None:
+        """It came, or did not; who asks from now on asks anew."""
+        with self._lock:
+            if self._flights.get(name) is flight:
+                del self._flights[name]
+
     def abandon(self, fetch: _Fetch) -> None:
         """Nobody waits for it any more; its lock is given back when it has come."""
         with self._lock:
@@ -288,6 +304,32 @@ class LmcacheShelf:
         return now - self._lull >= _LULL
 
 
+class _Flight:
+    """An object on its way into memory, and all who wait for it: LMCache tells only one of those who ask at once."""
+
+    def __init__(self, shelf: LmcacheShelf, name: Any, blob: Blob) -> None:
+        self._manager, self._lock = shelf.manager, threading.Lock()
+        layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
+        row = GroupedObjectKeys([name], blob.index, layout)
+        self._handle: Any = self._manager.submit_prefetch_task(PrefetchTaskSpec([row], fetching_policy="full"))
+        """None once its result was fetched."""
+        self.in_memory = self.came = False
+        """It had come before, somebody else's doing; it came at all."""
+
+    def done(self, timeout: float) -> bool:
+        """Whether it is known what came; waits so many seconds for that."""
+        if not self._lock.acquire(timeout=timeout) if timeout > 0 else not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._handle is not None and self._manager.wait_prefetch_status(self._handle, timeout):
+                result, self._handle = self._manager.query_prefetch_status(self._handle), None
+                self.in_memory = bool(result.l1_hit_count)
+                self.came = bool(result.l1_hit_count + result.l2_hit_count)
+            return self._handle is None
+        finally:
+            self._lock.release()
+
+
 class _Fetch:
     """A ticket: one object on its way into memory, locked there until it is released."""
 
@@ -295,24 +337,28 @@ class _Fetch:
         self._shelf, self._name, self._blob = shelf, name, blob
         self._tier = Tier.MEMORY
         self._released = self._given_up = False
-        self._handle: Any = None
-        """Of the task that brings it; None once its result was fetched, and where there is none."""
+        self._flight: _Flight | None = None
+        """None once it came, and where there is none."""
+        self._first = True
+        """The flight's lock is this ticket's; others take one of their own."""
         # A task takes five times as long as looking into memory does.
-        _, self._object = shelf.manager._l1_manager.reserve_read([name])[name]
+        self._object = self._reserved()
         if self._object is None and shelf.has_slower():
             self._tier = shelf.slower(blob.key)
-            layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
-            row = GroupedObjectKeys([name], blob.index, layout)
-            self._handle = shelf.manager.submit_prefetch_task(PrefetchTaskSpec([row], fetching_policy="full"))
+            self._flight, self._first = shelf.flight(name, blob)
 
     def done(self, timeout: float = 0.0) -> bool:
-        if self._handle is not None and self._shelf.manager.wait_prefetch_status(self._handle, timeout):
-            result, self._handle = self._shelf.manager.query_prefetch_status(self._handle), None
-            if result.l1_hit_count:
+        flight = self._flight
+        if flight is not None and flight.done(timeout):
+            self._flight = None
+            self._shelf.landed(self._name, flight)
+            if flight.in_memory:
                 self._tier = Tier.MEMORY  # it came in between
-            if result.l1_hit_count + result.l2_hit_count:
+            if flight.came and self._first:
                 self._object = self._shelf.manager.unsafe_read([self._name])[1][0]
-        return self._handle is None
+            elif flight.came:
+                self._object = self._reserved()
+        return self._flight is None
 
     def code(self) -> Tensor | None:
         if self._object is None or self._released or len(self._object.tensor) != self._blob.size:
@@ -336,6 +382,9 @@ class _Fetch:
         if self._object is not None:
             self._object = None
             self._shelf.manager.finish_read_prefetched([self._name])
+
+    def _reserved(self) -> Any:
+        return self._shelf.manager._l1_manager.reserve_read([self._name])[self._name][1]
 
 
 def _key(name: Any) -> Key:

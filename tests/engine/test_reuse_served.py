@@ -78,7 +78,8 @@ class Client:
             quiet = not now["hitpath_engine_reuse_background_jobs"] and not now["hitpath_engine_kv_writing_bytes"]
             if quiet and now["hitpath_engine_kv_chunks"] == count:
                 return
-            assert time.monotonic() < until, now
+            told = {name: value for name, value in now.items() if value and ("_kv_" in name or "reuse" in name)}
+            assert time.monotonic() < until, (count, told)
             await asyncio.sleep(0.05)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from cachestore.kv.store import Gone, Happening, Kept, KvStore, Lost, Options
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, stored
 from tests.contracts.kv import LARGE, KvContract
 
-pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hitpath[engine]'")
+pytest.importorskip("lmcache", reason="LMCache is not installed: pip install 'hitpath[tiers]'")
 
 from cachestore.kv.lmcache_shelf import LmcacheShelf
 
@@ -456,3 +457,22 @@ def _in_redis(port: int) -> bool:
 
     with redis.Redis(port=port) as client:
         return bool(client.dbsize())
+
+
+def test_all_who_ask_at_once_after_a_restart_get_what_is_on_disk(tmp_path: Path) -> None:
+    """LMCache tells only one of those who ask for the same object: the others took it for gone, and removed it."""
+    tiers = Tiers(MEMORY, tmp_path)
+    chunks = [chunk(seed) for seed in range(12)]
+    store = opened(tiers)
+    for one in chunks:
+        stored(store, one, kv_of(one))
+    store.close()
+    store = opened(tiers)
+    with ThreadPoolExecutor(4) as threads:
+        for one in chunks:
+            for [found] in threads.map(lambda _, one=one: loaded(store, one), range(4)):
+                assert found is not None
+                assert torch.equal(found, kv_of(one))
+    assert not any(store.stats().lost.values())
+    assert store.check() == []
+    store.close()
