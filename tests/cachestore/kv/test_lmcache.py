@@ -465,7 +465,7 @@ def test_all_who_ask_at_once_after_a_restart_get_what_is_on_disk(tmp_path: Path)
     chunks = [chunk(seed) for seed in range(12)]
     store = opened(tiers)
     for one in chunks:
-        stored(store, one, kv_of(one))
+        stored(store, one)
     store.close()
     store = opened(tiers)
     with ThreadPoolExecutor(4) as threads:
