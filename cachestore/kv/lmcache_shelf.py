@@ -430,6 +430,9 @@ class _Disk(FSL2Adapter):  # type: ignore[misc]
         super().__init__(config)
         self._outcome = config.outcome
         self._underway: dict[int, list[Any]] = {}
+        self._guard = threading.Lock()
+        self._landed: set[Any] = set()
+        """What was written since its task began."""
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
         task: int = super().submit_store_task(keys, objects)
@@ -439,8 +442,20 @@ class _Disk(FSL2Adapter):  # type: ignore[misc]
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         completed: dict[int, Any] = super().pop_completed_store_tasks()
         for task, result in completed.items():
-            self._outcome(self._underway.pop(task, []), result.is_successful())
+            keys = self._underway.pop(task, [])
+            with self._guard:
+                landed = self._landed.intersection(keys)
+                self._landed -= landed
+            # A task that failed may hold what was written well: several chunks share one when they come at once.
+            failed = [] if result.is_successful() else [key for key in keys if key not in landed]
+            self._outcome([key for key in keys if key not in failed], True)
+            self._outcome(failed, False)
         return completed
+
+    def _notify_keys_stored(self, keys: list[Any], sizes: list[int]) -> None:
+        with self._guard:
+            self._landed.update(keys)
+        super()._notify_keys_stored(keys, sizes)
 
 
 class _RemoteConfig(L2AdapterConfigBase):  # type: ignore[misc]

@@ -731,16 +731,21 @@ class KvStore:
         self._shelf.drop(key, 1 + self.geometry.layers)
 
     def _settle(self) -> None:
-        """Take back what could not be written, and make as much room again: a full disk looks just like this."""
-        for key in self._shelf.failed():
-            with self._lock:
-                size = self._ledger.size(key)
+        """Take back what could not be written, and make room for the largest of it: a full disk looks just like this.
+
+        Not for all of it: when many fail at once, what was written well would have to go for what was not.
+        """
+        failed = self._shelf.failed()
+        with self._lock:
+            largest = max(map(self._ledger.size, failed), default=0)
+            for key in failed:
                 self._ledger.forget(key)
-                victims = self._ledger.give_up(size)
-                self._counts["unwritten"] += 1
+            victims = self._ledger.give_up(largest)
+            self._counts["unwritten"] += len(failed)
+        for key in failed:
             self._drop(key)
             self._tell(Gone(key))
-            self._evict(victims)
+        self._evict(victims)
 
 
 def _alone() -> None:

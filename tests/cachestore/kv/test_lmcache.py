@@ -335,14 +335,14 @@ def test_a_full_disk(small_disk: Path) -> None:
     store = opened(Tiers(64 << 20, small_disk))
     chunks = [chunk(seed, LONG) for seed in range(30, 40)]
     stored(store, *chunks)
-    assert [kv is not None for kv in loaded(store, chunks[-1])]
+    assert store.stats().unwritten or shelf_of(store)._failed
+    # Which of them were written whole is chance. Of what was not, none is left, and there is room for the next one.
+    stored(store, latest := chunk(40, LONG))
     forget_memory(store)
-    found = 0
-    for wanted in chunks:
-        [kv] = loaded(store, wanted)
-        found += kv is not None
-        assert kv is None or torch.equal(kv, kv_of(wanted))
-    assert 1 <= found <= 4
+    found = {wanted: kv for wanted in (*chunks, latest) if (kv := loaded(store, wanted)[0]) is not None}
+    assert latest in found
+    assert len(found) <= 2
+    assert all(torch.equal(kv, kv_of(wanted)) for wanted, kv in found.items())
     assert store.stats().unwritten
     assert store.check() == []
     store.close()
