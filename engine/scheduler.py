@@ -18,6 +18,8 @@ Guaranteed
 - A sequence whose chunks are still on their way is passed over while others can run, unless overdue or preempted.
 - What is computed counts: prompt tokens that chunks bring cost neither budget nor service.
 - Kept tokens are repaired with what is left of the budget, so they delay nobody.
+- A step computes no more tokens than its budget, but for the end of a prompt: what would be left of it for a step of
+  its own and is less than a quarter of a budget is computed as well, since a small step takes hardly less than others.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from engine.sequence import Positions, Reuse, Sequence, State
 
 AGEING_STEPS = 16
 """Waiting for `patience` weighs as much as the cost of so many full steps."""
+_STRETCH = 4
+"""The end of a prompt may go beyond the budget by so small a part of it."""
 FRESH_COSTS = 4
 """Of each tenant, the first so many have their predicted cost looked up anew when known blocks have changed, …"""
 LOOKUPS = 16
@@ -368,7 +372,7 @@ class Scheduler:
                 self._plan_prefill(plan, sequence)
 
     def _plan_prefill(self, plan: _Plan, sequence: Sequence) -> None:
-        chunk = _piece(sequence, plan.budget)
+        chunk = _piece(sequence, plan.budget, self._token_budget // _STRETCH)
         size = chunk.size
         (plan.decodes if chunk.draws and size == 1 else plan.prefills).append(chunk)
         plan.budget -= size
@@ -384,7 +388,7 @@ class Scheduler:
             if sequence.kept is None or chunk.start < len(sequence.prompt):
                 continue
             left = sequence.kept if sequence.repairs is None else sequence.repairs
-            count = min(self._repairs, plan.budget)
+            count = max(0, min(self._repairs, plan.budget))
             sequence.repairs = left[count:]
             rows = [int(at) for at in left[:count] if self._blocks.alone(sequence, int(at))]
             if rows:
@@ -501,15 +505,17 @@ class Scheduler:
         return True
 
 
-def _piece(sequence: Sequence, budget: int) -> Chunk:
-    """Its next tokens, so many that `budget` of them at most are computed."""
+def _piece(sequence: Sequence, budget: int, stretch: int) -> Chunk:
+    """Its next tokens: as many as are computed with `budget`, or `stretch` more where they are the last."""
     start, end, kept = sequence.computed, len(sequence.tokens), sequence.kept
     if kept is None or not len(kept) or kept[-1] < start:
-        count = min(end - start, budget)
+        count = end - start if end - start <= budget + stretch else budget
         return Chunk(sequence, start, count, count == end - start)
     missing = np.ones(end - start, dtype=np.bool_)
     missing[kept[np.searchsorted(kept, start) :] - start] = False
     rows = np.flatnonzero(missing) + start
+    if len(rows) <= budget + stretch:
+        budget = len(rows)
     # Up to the next token that has to be computed: those kept before it come for nothing.
     stop = end if len(rows) <= budget else int(rows[budget])
     rows = rows[:budget]

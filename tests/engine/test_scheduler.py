@@ -61,6 +61,16 @@ def test_an_answer_can_be_continued() -> None:
     assert again.cached == 16
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(8, [8]), (10, [10]), (11, [8, 3]), (18, [8, 10]), (19, [8, 8, 3])])
+def test_a_prompt_ends_a_little_beyond_the_budget(tokens: int, steps: list[int]) -> None:
+    engine = Engine(total=400, token_budget=8)
+    engine.add(sequence(unlike(tokens), max_tokens=1))
+    computed = []
+    while (step := engine.step()) is not None:
+        computed.append(sum(chunk.count for chunk in step.chunks))
+    assert computed == steps
+
+
 def test_decodes_come_in_every_step_and_first() -> None:
     engine = Engine(total=400, token_budget=8)
     decoding = [sequence(unlike(2), max_tokens=60) for _ in range(4)]
@@ -73,7 +83,7 @@ def test_decodes_come_in_every_step_and_first() -> None:
         assert step is not None
         assert [chunk.sequence for chunk in step.chunks[:4]] == decoding
         assert all(chunk.count == 1 and chunk.draws for chunk in step.chunks[:4])
-        assert sum(chunk.count for chunk in step.chunks) <= 8
+        assert sum(chunk.count for chunk in step.chunks) <= 10
     engine.run()
 
 
