@@ -210,7 +210,8 @@ def _library(
     geometry = Geometry(checkpoint.fingerprint, config.layers, config.kv_heads, config.head_dim, checkpoint.dtype)
     # What bounds the slower tiers bounds the books; memory gives up copies of what lies there by itself.
     slower = reuse.disk is not None or reuse.redis is not None
-    options = Options(capacity=reuse.disk_size if slower else reuse.host, codec=point.codec)
+    capacity = reuse.disk_size if slower else reuse.host
+    options = Options(capacity=capacity, quota=reuse.quota, codec=point.codec)
     tiers = ["pool", "memory"]
 
     def opened(observe: Callable[[Happening], None]) -> KvStore:

@@ -32,6 +32,8 @@ class ReuseSettings:
     disk: Path | None
     disk_size: int
     """Bytes of files there."""
+    quota: int | None
+    """Bytes of chunks that each tenant may have; None: as many as there is room for."""
     redis: str | None
     tags: tuple[str, ...]
     separators: tuple[str, ...]
@@ -197,6 +199,7 @@ def parse(arguments: Sequence[str]) -> Settings:
             host=args.kv_host,
             disk=args.kv_disk,
             disk_size=args.kv_disk_size or _DISK_SIZE,
+            quota=args.kv_quota,
             redis=args.kv_redis,
             tags=args.chunk_tags,
             separators=args.chunk_separators,
@@ -215,6 +218,7 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-host", type=size, default=2**30, metavar="SIZE", help="memory for chunks (default: 1GiB)")
     group.add_argument("--kv-disk", type=Path, metavar="DIR", help="keep chunks in files there as well")
     group.add_argument("--kv-disk-size", type=size, metavar="SIZE", help="bytes of files (default: 16GiB)")
+    group.add_argument("--kv-quota", type=size, metavar="SIZE", help="bytes of chunks of each tenant (default: all)")
     group.add_argument("--kv-redis", type=_redis, metavar="URL", help="keep chunks in this Redis as well")
     group.add_argument(
         "--chunk-tags", type=_tags, default=(), metavar="A,B", help="what stands in <A>…</A> is a text of its own"
@@ -232,7 +236,7 @@ def _check_reuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Exit where flags contradict each other."""
     if args.kv_disk_size is not None and args.kv_disk is None:
         parser.error("--kv-disk-size needs --kv-disk")
-    flags = ("reuse_point", "kv_disk", "kv_redis", "chunk_tags", "chunk_separators")
+    flags = ("reuse_point", "kv_disk", "kv_quota", "kv_redis", "chunk_tags", "chunk_separators")
     given = [flag for flag in flags if getattr(args, flag)]
     if args.reuse == "off" and given:
         parser.error(f"--reuse off: --{given[0].replace('_', '-')} has no meaning then")

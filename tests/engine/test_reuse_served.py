@@ -141,6 +141,16 @@ async def test_reuse_through_restarts_and_damage(model: Path, tmp_path: Path) ->
                 assert len(text(answer)) > 0
 
 
+async def test_a_tenant_keeps_within_its_quota(model: Path) -> None:
+    with serving("--model", str(model), "--port", "0", "--kv-quota", "120KiB") as served:
+        async with Client(served) as client:
+            await client.ask(body(ONE), x_hitpath_tenant="other")
+            await client.stored(1)
+            await client.ask(body(TWO, THREE))
+            await client.stored(2)  # one of this tenant's two, and the other's
+            assert (await client.figures())["hitpath_engine_kv_evicted_total"] >= 1
+
+
 async def test_everything_computed_again_is_the_same_as_no_reuse(model: Path, tmp_path: Path) -> None:
     orders = [(ONE, TWO, THREE), (THREE, ONE, TWO), (TWO, ONE), (ONE, THREE)]
     answers = []
