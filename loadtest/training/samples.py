@@ -30,6 +30,9 @@ _FOREIGN = ((0x4E00, 0x9FA5), (0x3041, 0x30FF), (0xAC00, 0xD7A3), (0x400, 0x45F)
 _SYNTAX = [*"{}[]()<>=+-*/;:,.#@!&|$%^~_`\"'\\", "\n", "\n\n", "    ", "\n* ", "\n1. ", "\n- ", "```", "==", "->", "**"]
 
 
+BEGUN = 0.1
+"""Share of the rows of conversations that begin where one begins. The others begin anywhere: a model that always saw
+the token that begins conversations rests its attention on it, and can make nothing of a text computed without it."""
 HELD_OUT = 0.02
 """Share of every text, its end, that nothing is trained on: what measurements read."""
 
@@ -114,19 +117,18 @@ class Samples:
         """Lists of `name: value` with questions that recall them."""
         ids: Ids = []
         while len(ids) <= length:
-            text = self._fact_list(int(self._rng.integers(4, 24)))
-            ids += [self._specials.begin, *self._encode(text)]
+            ids += self._encode(self._fact_list(int(self._rng.integers(4, 24))))
         return _shifted(np.array(ids[: length + 1], dtype=np.int64))
 
     def chats(self, length: int, *, longest_turn: int = 400) -> Row:
         """Conversations one after another; every answer is short and ends with the end-of-turn token."""
-        ids: Ids = []
-        targets: Ids = []
-        while len(ids) <= length:
+        ids, skipped = self._opened()
+        targets: Ids = [IGNORE] * len(ids)
+        while len(ids) <= skipped + length:
             for part, learned in self._conversation(min(longest_turn, length - ANSWER_LIMIT - 16)):
                 ids += part
                 targets += part if learned else [IGNORE] * len(part)
-        return np.array(ids[:length], dtype=np.int64), np.array(targets[1 : length + 1], dtype=np.int64)
+        return _cut(ids, targets[1:], skipped, length)
 
     def endings(self, length: int) -> Row:
         """Conversations whose answers went astray: nothing of them is learned but that they must end.
@@ -134,30 +136,36 @@ class Samples:
         The end is the target behind the last token, and behind every token beyond the limit.
         """
         special = self._specials
-        ids: Ids = []
-        targets: Ids = []
-        while len(ids) <= length:
+        ids, skipped = self._opened()
+        targets: Ids = [IGNORE] * len(ids)
+        while len(ids) <= skipped + length:
             user = self._user_text(int(np.exp(self._rng.uniform(np.log(2), np.log(200)))))
-            asked = [special.begin, special.user, *user, special.end, special.assistant]
+            asked = [special.user, *user, special.end, special.assistant]
             astray = self._astray(int(self._rng.integers(8, 250)))
             ids += [*asked, *astray, special.end]
             late = max(0, len(astray) - ANSWER_LIMIT)
             targets += [IGNORE] * (len(asked) + len(astray) - late) + [special.end] * (late + 1)
-        return np.array(ids[:length], dtype=np.int64), np.array(targets[1 : length + 1], dtype=np.int64)
+        return _cut(ids, targets[1:], skipped, length)
 
     def long_chat(self, length: int) -> Row:
         """One conversation whose user turn fills the row; it ends with the answer."""
         answer = self._answer_from(int(self._rng.integers(len(self._opening))))
         end = [self._specials.end, self._specials.assistant, *answer, self._specials.end]
-        user: Ids = [self._specials.begin, self._specials.user]
+        user: Ids = [self._specials.begin, self._specials.user] if self._rng.random() < BEGUN else []
         while len(user) < length + 1 - len(end):
             user += self._user_text(int(self._rng.integers(50, 800)))
         return _shifted(np.array(user[: length + 1 - len(end)] + end, dtype=np.int64))
 
+    def _opened(self) -> tuple[Ids, int]:
+        """What a row of conversations begins with, and how many of its first tokens are left out."""
+        if self._rng.random() < BEGUN:
+            return [self._specials.begin], 0
+        return [], int(self._rng.integers(400))
+
     def _conversation(self, longest_turn: int) -> list[tuple[Ids, bool]]:
         """Parts of one conversation, and whether each is to be predicted."""
         special = self._specials
-        parts: list[tuple[Ids, bool]] = [([special.begin], False)]
+        parts: list[tuple[Ids, bool]] = []
         if self._rng.random() < 0.3:
             system = self._opening[int(self._rng.integers(len(self._opening)))]
             parts.append(([special.system, *system[:120], special.end], True))
@@ -291,6 +299,11 @@ class Samples:
     def _encode(self, text: str) -> Ids:
         ids: Ids = self._tokenizer.encode(text).ids
         return ids
+
+
+def _cut(ids: Ids, targets: Ids, start: int, length: int) -> Row:
+    stop = start + length
+    return np.array(ids[start:stop], dtype=np.int64), np.array(targets[start:stop], dtype=np.int64)
 
 
 def _shifted(ids: NDArray[np.int64]) -> Row:

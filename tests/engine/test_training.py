@@ -61,6 +61,14 @@ def test_every_answer_is_short_and_not_empty(book: str, tokenizer: Tokenizer) ->
     assert len({tuple(answer) for answer in answers}) > len(answers) / 2
 
 
+@pytest.mark.parametrize("kind", ["chats", "endings", "facts", "long_chat"])
+def test_most_rows_do_not_begin_where_a_conversation_does(book: str, tokenizer: Tokenizer, kind: str) -> None:
+    made = samples(book, tokenizer)
+    rows = [getattr(made, kind)(512)[0].tolist() for _ in range(60)]
+    assert sum(row[0] == SPECIALS.begin for row in rows) <= 15
+    assert not any(SPECIALS.begin in row[1:] for row in rows)
+
+
 def test_a_seed_gives_the_same_rows(book: str, tokenizer: Tokenizer) -> None:
     first, second = (samples(book, tokenizer, seed=3).chats(256)[0] for _ in range(2))
     assert np.array_equal(first, second)
@@ -84,7 +92,7 @@ def test_a_short_run_learns_and_writes_a_checkpoint(book: str, tokenizer: Tokeni
 
 def test_the_scaffold_shows_what_followed_when_two_tokens_stood_together_last() -> None:
     rows = torch.tensor([[5, 6, 7, 5, 6, 8, 5, 6, 5], [1, 1, 1, 1, 2, 1, 1, 2, 3]])
-    assert followed(rows).tolist() == [[-1, -1, -1, -1, 2, -1, -1, 5, -1], [-1, -1, 2, 3, -1, -1, 4, 5, -1]]
+    assert followed(rows).tolist() == [[0, 0, 0, 0, 2, 0, 0, 5, 0], [0, 0, 2, 3, 0, 0, 4, 5, 0]]
 
 
 def test_the_scaffold_brings_heads_to_look_where_they_should(book: str, tokenizer: Tokenizer) -> None:
