@@ -480,7 +480,8 @@ class Scheduler:
         shares = _held(sequence) or _forks(sequence)
         entry.generation = self._blocks.generation
         entry.hit = len(sequence.tokens) - 1 if shares else self._blocks.lookup(sequence)
-        cost = len(sequence.tokens) - entry.hit + min(sequence.params.max_tokens, self._token_budget)
+        brought = 0 if sequence.reuse is None else sequence.reuse.likely(entry.hit)
+        cost = len(sequence.tokens) - entry.hit - brought + min(sequence.params.max_tokens, self._token_budget)
         entry.score = cost + self._ageing * sequence.arrived
 
     def _admit(self, plan: _Plan, sequence: Sequence) -> bool:

@@ -52,6 +52,10 @@ class Reuse(Protocol):
         """Whether it had better not be admitted yet. `idle`: nobody else would run meanwhile."""
         ...
 
+    def likely(self, first: int) -> int:
+        """Tokens from `first` on that will not have to be computed, as far as that can be said now."""
+        ...
+
     def admitted(self, sequence: Sequence) -> Blended | None:
         """It has its blocks, and `computed` leading tokens are known; what to place behind them, None for nothing.
 

@@ -96,6 +96,13 @@ class Borrowing:
         fetch = self._fetch
         return fetch is not None and not fetch.over and not (idle and fetch.planned)
 
+    def likely(self, first: int) -> int:
+        """See `Reuse`."""
+        if not self._library.gate.open:
+            return 0
+        found = sum(max(0, want.match.stop - max(want.match.start, first)) for want in self._wants)
+        return int(found * (1 - self._library.point.ratio))
+
     def admitted(self, sequence: Row) -> Blended | None:
         """See `Reuse`."""
         try:

@@ -64,6 +64,9 @@ class Chunks:
     def held(self, idle: bool) -> bool:
         return self.waits and (self.needed or not idle)
 
+    def likely(self, first: int) -> int:
+        return sum(max(0, piece.stop - max(piece.start, first)) for piece in self.prompt.placed)
+
     def admitted(self, sequence: Row) -> Blended | None:
         self.calls.append("admitted")
         return Blended(self.prompt, self.selector, self)

@@ -381,11 +381,14 @@ def test_an_overdue_child_of_a_later_parent_blocks_nobody() -> None:
 class Coming:
     """Chunks on their way, of which nothing is used in the end."""
 
-    def __init__(self, *, needed: bool = False) -> None:
-        self.coming, self.needed, self.released_times = True, needed, 0
+    def __init__(self, *, needed: bool = False, coming: bool = True, brings: int = 0) -> None:
+        self.coming, self.needed, self.brings, self.released_times = coming, needed, brings, 0
 
     def held(self, idle: bool) -> bool:
         return self.coming and (self.needed or not idle)
+
+    def likely(self, first: int) -> int:
+        return self.brings
 
     def admitted(self, sequence: Sequence) -> None:
         return None
@@ -406,6 +409,15 @@ class Coming:
 
 def holding(prompt: list[int], chunks: Coming, max_tokens: int = 4) -> Sequence:
     return Sequence(prompt, SamplingParams(max_tokens=max_tokens), salt="reuse", reuse=chunks)
+
+
+def test_what_chunks_bring_is_cheap() -> None:
+    engine = Engine(total=200, max_running=1)
+    reusing = holding(unlike(40), Coming(coming=False, brings=35))
+    large, small = sequence(unlike(30)), sequence(unlike(10))
+    engine.add(large, small, reusing)
+    engine.run()
+    assert engine.admitted == [reusing, small, large]
 
 
 def test_who_waits_for_chunks_is_passed_over_and_blocks_nobody() -> None:
