@@ -4,9 +4,9 @@
 are asked the same prompts of texts in ever another order: one with a small pool, a small memory tier, a directory and a
 Redis, and one with `--reuse off`. The minutes are shared out among the selectors, and those of each among what
 happens to the tiers, all of it real: they fill and evict; the file system is full; files cannot be read; files are
-damaged; reading them hangs; the directory is deleted; Redis hangs, is gone, and is back, empty. With `full`, in
-float32, all answers must be the same; else the share that agrees is shown. Without redis-server, or where no file
-system may be mounted, that part is left out, and said so. Exit codes: 0 everything holds, 1 something does not.
+damaged; reading them is slow, or hangs; the directory is deleted; Redis hangs, is gone, and is back, empty. With
+`full`, in float32, all answers must be the same; else the share that agrees is shown. Without redis-server, or where no
+file system may be mounted, that part is left out, and said so. Exit codes: 0 everything holds, 1 something does not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +50,8 @@ _FILES = 24 * _MiB
 _TEXTS, _TOKENS, _MOST = 400, 160, 4
 """Texts, tokens of each, and how many stand in a prompt at most."""
 _ANSWER = 8
+_SLOWLY = 0.1
+"""Seconds until a slow file says anything."""
 _CLIENTS = 3
 _POOL = 4096
 """Tokens of the pool."""
@@ -145,6 +149,43 @@ def _hanging(place: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _slow(place: Place) -> Iterator[None]:
+    """Every fourth file becomes a pipe: all of them together say what they said at no more than a disk's few files."""
+    said: dict[Path, bytes] = {}
+    for path in place.files()[::4]:
+        with contextlib.suppress(OSError):
+            said[path] = path.read_bytes()
+            path.unlink()
+            os.mkfifo(path)
+    over = threading.Event()
+    feeder = threading.Thread(target=_feed, args=(said, over))
+    feeder.start()
+    yield
+    over.set()
+    feeder.join()
+    for path in said:
+        with contextlib.suppress(OSError):
+            if path.is_fifo():
+                os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+                path.unlink()
+
+
+def _feed(said: Mapping[Path, bytes], over: threading.Event) -> None:
+    """Say it to whoever reads, one after the other."""
+    while not over.wait(0.02):
+        for path, data in said.items():
+            # Nobody reads, it is gone, or who read has gone: all of that is an error, and none of it matters.
+            with contextlib.suppress(OSError):
+                pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+                with os.fdopen(pipe, "wb", buffering=0) as file:
+                    if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                        continue  # it was written anew
+                    over.wait(_SLOWLY)
+                    os.set_blocking(pipe, True)
+                    file.write(data)
+
+
+@contextlib.contextmanager
 def _deleted(place: Place) -> Iterator[None]:
     """The directory is gone."""
     shutil.rmtree(place.disk, ignore_errors=True)
@@ -172,6 +213,7 @@ INJURIES: Mapping[str, Injury] = MappingProxyType(
         "read errors": _unreadable,
         "refilling": _nothing,
         "damaged files": _damaged,
+        "slow reads": _slow,
         "reads that hang": _hanging,
         "deleted directory": _deleted,
         "redis hangs": _redis_hangs,
