@@ -223,12 +223,18 @@ def _prompt(packed: Packed, index: int, rows: slice, window: int | None, block_s
 def _part(positions: Tensor, rows: slice, first: int, seen: slice, window: int | None) -> _Part:
     """Tokens at these positions, which are those `rows`, over the keys from `first` on."""
     missing = padded(len(positions)) - len(positions)
-    distance = positions[:, None] - torch.arange(first, first + seen.stop, device=positions.device)
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
     # Rows that are added see everything: seeing nothing would make them NaN.
-    return _Part(rows, missing, seen, _mask(functional.pad(mask, (0, 0, 0, missing), value=True)))
+    if window is None and positions.device.type == "cpu":
+        # All see what lies before the first of them, most of it in a long prompt; making no mask of that saves time.
+        mask, known = torch.zeros(len(positions) + missing, seen.stop), int(positions[0]) - first
+        later = torch.arange(first + known, first + seen.stop) > positions[:, None]
+        mask[: len(positions), known:].masked_fill_(later, float("-inf"))
+        return _Part(rows, missing, seen, mask)
+    distance = positions[:, None] - torch.arange(first, first + seen.stop, device=positions.device)
+    near = distance >= 0
+    if window is not None:
+        near &= distance < window
+    return _Part(rows, missing, seen, _mask(functional.pad(near, (0, 0, 0, missing), value=True)))
 
 
 def _stretches(positions: Tensor, begin: int, total: int) -> list[tuple[int, int]]:
