@@ -1,14 +1,14 @@
 """Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--steps N]`.
 
-Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for less than half
-an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for three quarters
+of an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
 `MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000`, or a third of the time goes into giving memory
 back. `--keep FILE` lets a run that was stopped go on.
 
 1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
 2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
    (`judge_data`). The rate rises, stays, and falls to nothing in the last part; what is kept is the mean over the last
-   few hundred steps.
+   few hundred steps. Three such runs differ only in the order and the mix of pairs, and their weights are averaged.
 3. The net is written as an int8 graph (`judge_export`), and from here on only that graph is asked.
 4. The head is fitted to its logits on the held-out part; the card's figures are of heads fitted to four fifths of it
    and asked about the fifth.
@@ -46,6 +46,9 @@ from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
+SEEDS = (1, 2, 3)
+"""Of the runs that are averaged ("Model soups", Wortsman et al., arXiv 2203.05482): from one start, in orders of their
+own. One net to ask, and less of what chance does to each."""
 STEPS = 2200
 """About an epoch and a quarter."""
 RATE = 1e-4
@@ -188,6 +191,21 @@ def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
         torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - keep)
 
 
+def started(weights: dict[str, Tensor]) -> PairNet:
+    """What every run begins with."""
+    torch.manual_seed(SEED)
+    return PairNet.start(weights)
+
+
+def averaged(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of the same tensors of several runs."""
+    return {name: torch.stack([run[name].float() for run in runs]).mean(0) for name in runs[0]}
+
+
+def _kept(keep: Path | None, seed: int) -> Path | None:
+    return None if keep is None else keep.with_name(f"{keep.name}.{seed}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, export, calibrate, write."""
     chosen = _parser().parse_args(arguments)
@@ -197,17 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = find_model()
     tokens = Tokens(source / "tokenizer.json")
     weights = load_file(source / "model.safetensors")
-    torch.manual_seed(SEED)
-    net = PairNet.start(weights)
     if chosen.weights is None:
-        average, minutes = train(net, (learn, derived(learn, samples)), tokens, chosen.steps, SEED, chosen.keep)
+        mix = (learn, derived(learn, samples))
+        runs = [train(started(weights), mix, tokens, chosen.steps, seed, _kept(chosen.keep, seed)) for seed in SEEDS]
+        average, minutes = averaged([run for run, _ in runs]), sum(spent for _, spent in runs)
     else:
         known = torch.load(chosen.weights)
         average, minutes = known["weights"], known["minutes"]
     if chosen.save is not None:
         torch.save({"weights": average, "minutes": minutes}, chosen.save)
     state = {name: value.numpy() for name, value in average.items()}
-    words = net.words.numpy()
+    words = started(weights).words.numpy()
     rows = [
         row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end)
         for sample in random.Random(SEED).sample(learn, min(RANGE_PAIRS, len(learn)))

@@ -19,7 +19,7 @@ from gateway.judge.pairs import TEXT_TOKENS, row
 from loadtest.metrics import reliability
 from loadtest.training import judge_edits as edits
 from loadtest.training import judge_export as export
-from loadtest.training.judge import FALL, RATE, WARM_UP, batches, rate, tensors, train
+from loadtest.training.judge import FALL, RATE, WARM_UP, averaged, batches, rate, started, tensors, train
 from loadtest.training.judge_calibrate import BUDGETS, ENOUGH, Judged, fitted, report
 from loadtest.training.judge_data import Sample, derived, epoch, split
 from loadtest.training.judge_net import PairNet
@@ -150,6 +150,17 @@ def test_a_stopped_run_goes_on_where_it_was(tokens: Tokens, tmp_path: Path) -> N
     resumed = run(tmp_path / "kept", 1000)
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value)
+
+
+def test_runs_begin_alike_and_their_mean_lies_between_them(tokens: Tokens) -> None:
+    samples = [sample(TEXTS[number % 4], TEXTS[number % 3], float(number % 2)) for number in range(60)]
+    weights = load_file(find_model() / "model.safetensors")
+    first, second = (train(started(weights), (samples, []), tokens, 2, seed)[0] for seed in (1, 2))
+    begun = started(weights).state_dict()
+    assert all(torch.equal(value, begun[name]) for name, value in started(weights).state_dict().items())
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for name, value in averaged([first, second]).items():
+        torch.testing.assert_close(value - first[name], second[name] - value)
 
 
 def judged(count: int) -> list[Judged]:
