@@ -46,6 +46,8 @@ _READERS = 4
 """Requests whose chunks are fetched at the same time."""
 _RECALLED = 16
 """Heads read at a time when an earlier process's chunks are looked through."""
+_CHECKING = 0.01
+"""Share of the time that may go into checking the books: it takes longer the more chunks there are."""
 
 _log = logging.getLogger("hitpath.engine")
 
@@ -104,8 +106,8 @@ class Library:
         self._keys: dict[Key, tuple[Text, str]] = {}
         self._books = threading.Lock()
         self._closed = threading.Event()
-        self._checked = True
-        """Whether nothing has happened since the books were checked."""
+        self._checked, self._check_from = True, 0.0
+        """Whether nothing has happened since the books were checked; when they may be checked again."""
         self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=_one_thread)
         self.store = open_store(self._happened)
 
@@ -149,7 +151,7 @@ class Library:
         """Do a piece of what waits for such a moment; whether there was any. Only on the worker's thread."""
         if self._closed.is_set() or self.idle_jobs.step():
             return not self._closed.is_set()
-        if not self._checked:
+        if not self._checked and time.monotonic() >= self._check_from:
             self._checked = True
             self._readers.submit(self._check_books)  # which may take a moment, and a request may come
         return False
@@ -159,9 +161,11 @@ class Library:
         return [*self.store.check(), *self.hot.check(), *self.known.check()]
 
     def _check_books(self) -> None:
+        began = time.thread_time()
         if wrong := self.check():
             self._counts.failures += 1
             _log.error("the chunks' books are wrong: %s", "; ".join(wrong))
+        self._check_from = time.monotonic() + (time.thread_time() - began) / _CHECKING
 
     def close(self) -> None:
         """End what goes on, write what waits to be written."""
