@@ -160,9 +160,11 @@ def _slow(place: Place) -> Iterator[None]:
     over = threading.Event()
     feeder = threading.Thread(target=_feed, args=(said, over))
     feeder.start()
-    yield
-    over.set()
-    feeder.join()
+    try:
+        yield
+    finally:
+        over.set()
+        feeder.join()
     for path in said:
         with contextlib.suppress(OSError):
             if path.is_fifo():
