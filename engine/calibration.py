@@ -21,6 +21,9 @@ from engine.reuse.examples import Sample, read, sample_of, written
 from engine.reuse.point import FILE, Dtype, OperatingPoint
 from engine.settings import CalibrationSettings
 
+_SMALLEST_FIRST = ("entropy", "int8", "raw")
+"""Codecs that are tried one after the other: the smallest one that stays within what may be lost is taken."""
+
 
 def calibrate(settings: CalibrationSettings) -> int:
     """Run it; returns the exit code."""
@@ -34,16 +37,18 @@ def calibrate(settings: CalibrationSettings) -> int:
         speed_up(checkpoint)
         samples = _samples(checkpoint, settings)
         limits = Limits(settings.most_kl, settings.least_agreement)
-        table = _measured(Calibration(checkpoint, samples, settings.codec), len(samples))
+        for codec in _SMALLEST_FIRST if settings.codec == "auto" else (settings.codec,):
+            table = _measured(Calibration(checkpoint, samples, codec), len(samples))
+            best = chosen(table, limits)
+            print(f"codec {codec}\n{table_of(table, best)}", flush=True)
+            if best is not None:
+                return _written(_point(checkpoint, settings, codec, best, table), out)
+            print(_refusal(codec, table, limits), file=sys.stderr)
     except (CheckpointError, SettingsError) as error:
         print(f"hitpath engine calibrate: {error}", file=sys.stderr)
         return 2
-    best = chosen(table, limits)
-    print(table_of(table, best))
-    if best is None:
-        print(_refusal(table, limits), file=sys.stderr)
-        return 1
-    return _written(_point(checkpoint, settings, best, table), out)
+    print("hitpath engine calibrate: no operating point is written; the engine computes everything.", file=sys.stderr)
+    return 1
 
 
 def _device(settings: CalibrationSettings) -> str:
@@ -86,25 +91,26 @@ def _measured(calibration: Calibration, total: int) -> Table:
     return table
 
 
-def _refusal(table: Table, limits: Limits) -> str:
+def _refusal(codec: str, table: Table, limits: Limits) -> str:
     one = nearest(table, limits)
     loss = table[one].loss
     return (
-        f"hitpath engine calibrate: nothing saves time within KL {limits.kl:g} and agreement {limits.agreement:g}; "
-        f"nearest came {one.selector} {one.ratio:g} on chunks stored {one.stored}: KL {loss.kl:.2e} "
-        f"(± {table[one].error:.1e}), agreement {loss.agreement:.3f}, {loss.relative_time:.2f} of the time. "
-        "No operating point is written; the engine computes everything."
+        f"codec {codec}: nothing saves time within KL {limits.kl:g} and agreement {limits.agreement:g}; nearest came "
+        f"{one.selector} {one.ratio:g} on chunks stored {one.stored}: KL {loss.kl:.2e} "
+        f"(± {table[one].error:.1e}), agreement {loss.agreement:.3f}, {loss.relative_time:.2f} of the time."
     )
 
 
-def _point(checkpoint: Checkpoint, settings: CalibrationSettings, best: Candidate, table: Table) -> OperatingPoint:
+def _point(
+    checkpoint: Checkpoint, settings: CalibrationSettings, codec: str, best: Candidate, table: Table
+) -> OperatingPoint:
     return OperatingPoint(
         model=checkpoint.fingerprint,
         dtype=cast(Dtype, str(checkpoint.dtype).removeprefix("torch.")),
         selector=best.selector,
         ratio=best.ratio,
         stored=best.stored,
-        codec=settings.codec,
+        codec=codec,
         loss=table[best].loss,
         most_loss=settings.most_kl,
         least_agreement=settings.least_agreement,

@@ -110,7 +110,12 @@ def parse_calibration(arguments: Sequence[str]) -> CalibrationSettings:
         metavar="kl=NATS,agreement=SHARE",
         help="what may be lost: mean KL, share of equal tokens (default: kl=0.02,agreement=0.95)",
     )
-    parser.add_argument("--codec", choices=_CODECS, default="entropy", help="of stored chunks (default: entropy)")
+    parser.add_argument(
+        "--codec",
+        choices=("auto", *_CODECS),
+        default="auto",
+        help="of stored chunks (default: auto, the first of entropy, int8 and raw that loses no more than may be lost)",
+    )
     parser.add_argument("--least", type=_positive, default=64, help="tokens of the smallest chunk (default: 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
