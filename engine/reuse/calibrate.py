@@ -176,7 +176,7 @@ class Calibration:
             head = self._store.chunk(chunk, after=sample.head)
             stored["alone"].append(measured(self._store.chunk(chunk), elsewhere))
             stored["head"].append(measured(head, elsewhere))
-            stored["mean"].append(averaged([head, *elsewhere]))
+            stored["mean"].append(averaged(elsewhere))
             stored["seen"].append(measured(seen[chunk], elsewhere))
         return {kind: [self._kept(chunk) for chunk in chunks] for kind, chunks in stored.items()}
 

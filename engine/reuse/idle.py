@@ -128,10 +128,12 @@ class IdleJobs:
 
     def _refine(self, job: Refinement) -> Iterator[None]:
         self._refining = job.text
-        others = self._others(job.text, ELSEWHERE) or [_backwards(job.tokens)]
+        others = [*self._others(job.text, ELSEWHERE), _backwards(job.tokens)][:ELSEWHERE]
         versions: list[ChunkKv] = []
         before: list[tuple[int, ...]] = [(*job.head, *other[: 2 * PIECE]) for other in others]
         match self._stored:
+            case "mean" if len(before) > 1:
+                pass
             case "mean" | "head":
                 before.insert(0, job.head)
             case "alone":

@@ -7,7 +7,8 @@ most are computed again, from the first layer on and without looking.
 
 What is measured for that is good for more. Of the same chunk behind several texts, the mean of its keys and values is
 nearer to what it will be behind the next ones than any of them, and nearer by far than the chunk alone, whose first
-tokens are sinks. So the mean is what is kept, and it costs nothing when a prompt comes.
+tokens are sinks. So the mean is what is kept, and it costs nothing when a prompt comes. The chunk behind nothing but
+the head is not among them: what stands right behind a prompt's first tokens is too unlike what stands further on.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Bench:
             head = self._store.chunk(chunk, after=prompt.head)
             found["alone"].append(measured(self._store.chunk(chunk), elsewhere))
             found["head"].append(measured(head, elsewhere))
-            found["mean"].append(averaged([head, *elsewhere]))
+            found["mean"].append(averaged(elsewhere))
         return {stored: tuple(chunks) for stored, chunks in found.items()}
 
     def _seen(self, earlier: Prompt, prompt: Prompt) -> tuple[ChunkKv, ...]:

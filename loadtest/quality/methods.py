@@ -23,7 +23,7 @@ _EARLY = (0.0, 0.05, 0.15)
 _CRAFT = (0.25, 0.5, 1.0)
 Stored = Literal["alone", "head", "seen", "mean"]
 """Where a chunk was computed: from position 0 on; behind the head that all prompts have; in an earlier prompt; behind
-the head and behind other texts, of which the mean is kept."""
+the head and one or another text, of which the mean is kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
