@@ -39,6 +39,8 @@ from loadtest.table import Bar, Row, absolute, ratio, render
 _QUESTION = "Which of these words come first, and which of them come last?"
 _HEAD = 12
 """Tokens of the head that no other prompt has."""
+_CALM = 1.5
+"""Seconds until the next prompt when an engine says that it has nothing to do: it still tidies up."""
 _ROOM = 2
 """Prompts that fit the pool, where decoded chunks are to be few."""
 
@@ -132,6 +134,7 @@ async def compared(subject: Subject, on: Asker, off: Asker, tier: str) -> list[P
         for engine in order:
             heard[engine] = await engine.ask(body)
             await engine.quiet()
+            await asyncio.sleep(_CALM)
         pairs.append(Pair(heard[on], heard[off]))
         if (found := pairs[-1].on).tier != tier or (tier != "none" and found.chunks != len(group)):
             raise BenchError(f"{len(group)} chunks were due from {tier}: {found}")
@@ -189,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--selector", default="sensitive", choices=("sensitive", "epic", "cacheblend", "kvshare"))
     parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument("--codec", default="entropy")
+    parser.add_argument("--codec", default=Manner().codec)
     parser.add_argument("--rounds", type=int, default=Sizes().rounds)
     parser.add_argument("--threads", type=int, default=usable_cores(), help="torch threads of both engines")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -31,7 +31,7 @@ class Manner:
     selector: SelectorName = "sensitive"
     ratio: float = 0.15
     stored: Stored = "mean"
-    codec: str = "entropy"
+    codec: str = "int8"
     check_share: float = 0.0
 
     def point(self, checkpoint: Checkpoint) -> OperatingPoint:
