@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -142,10 +142,7 @@ def _hanging(place: Place) -> Iterator[None]:
             path.unlink()
             os.mkfifo(path)
     yield
-    for path in pipes:
-        with contextlib.suppress(OSError):
-            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
-            path.unlink()
+    _unpipe(pipes)
 
 
 @contextlib.contextmanager
@@ -165,7 +162,12 @@ def _slow(place: Place) -> Iterator[None]:
     finally:
         over.set()
         feeder.join()
-    for path in said:
+    _unpipe(said)
+
+
+def _unpipe(paths: Iterable[Path]) -> None:
+    """Let go of who still reads these pipes, and remove them."""
+    for path in paths:
         with contextlib.suppress(OSError):
             if path.is_fifo():
                 os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
