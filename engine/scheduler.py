@@ -19,7 +19,7 @@ Guaranteed
 - What is computed counts: prompt tokens that chunks bring cost neither budget nor service.
 - Kept tokens are repaired with what is left of the budget, so they delay nobody.
 - A step computes no more tokens than its budget, but for the end of a prompt: what would be left of it for a step of
-  its own and is less than a quarter of a budget is computed as well, since a small step takes hardly less than others.
+  its own and is a quarter of a budget at most is computed as well, since a small step takes hardly less than others.
 """
 
 from __future__ import annotations

@@ -175,5 +175,5 @@ def compared(full: Tensor, blended: Tensor) -> Compared:
 
 
 def _backwards(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """Something else to stand behind, where nothing else is known."""
+    """Something else to stand behind, where too little else is known."""
     return tokens[::-1]

@@ -47,7 +47,8 @@ _READERS = 4
 _RECALLED = 16
 """Heads read at a time when an earlier process's chunks are looked through."""
 _CHECKING = 0.01
-"""Share of the time that may go into checking the books: it takes longer the more chunks there are."""
+"""Share of the time that may go into checking the books: it takes longer the more chunks there are. A check that comes
+too soon is left out; the next prompt brings another."""
 
 _log = logging.getLogger("hitpath.engine")
 

@@ -3,8 +3,8 @@
 Two kinds of heads make a decoder repeat what stood before (Olsson et al., arXiv 2209.11895): one looks at the token
 before; one of a later layer looks for a place where the present tokens stood already, and at what followed there. Left
 to chance they take more text to appear than two cores read in half an hour, and with some seeds they never do. Where
-they should look is known from the tokens alone, so their attention is part of the loss at first, less and less, and
-then not at all.
+they should look is known from the tokens alone, so their attention is part of the loss: much of it at first, a little
+of it to the end.
 
 Where there is nothing to repeat they rest on the first token, as heads of large models do (Xiao et al., arXiv
 2309.17453): what reusing chunks spoils, and repairing them mends, has much to do with such resting places.
@@ -25,8 +25,8 @@ from torch.nn import functional
 Goal = Literal["before", "followed"]
 HEADS: tuple[tuple[int, int, Goal], ...] = ((1, 0, "before"), (3, 0, "followed"), (3, 2, "followed"))
 """Layer, head, and what it is to look at: the token before, or the one that followed when the last two tokens stood
-together before. One of the second kind for each key head of the layer. With these layers a token from 300 tokens ago
-is repeated far better than with the first two."""
+together before, and the very first one where they never did. One of the second kind for each key head of the layer.
+With these layers a token from 300 tokens ago is repeated far better than with the first two."""
 
 
 class Scaffold:
