@@ -3,18 +3,20 @@
 It is LMCache's internal interface (0.5.6, pinned), so everything that is relied on is written down here:
 
 - `reserve_write` hands out buffers in its memory, `finish_write` makes them visible and copies them to the slower tiers
-  in a thread of its own; `reserve_read` locks what is in memory and `submit_prefetch_task` brings what is not, until
-  `finish_read_prefetched`; a task's result is handed out once, and a lock whose result nobody fetched stays for an
-  hour. So nothing is abandoned: what is released before it came is fetched later (`_reap`).
+  in a thread of its own; `reserve_read` locks what is in memory until `finish_read_prefetched`. What it evicts stays in
+  the slower tiers.
+- What is not in memory is brought by threads of ours, into a buffer staged under a tag of ours, which
+  `finish_write_and_reserve_read` makes visible without copying it back. LMCache's own prefetching takes a quarter of a
+  millisecond of its thread for each object, hands a result out once, and keeps locks of results that nobody fetched.
 - A copy in memory wins over a newer one of the same name; so what is dropped is waited for.
-- Its adapter for files never overwrites one, never cleans up what a killed process left, has no bound, and says nothing
-  of a write that failed; `_Disk` adds what is missing. Bounds are kept by the store's ledger.
-- Its adapter for Redis never answers again once Redis was away (0.5.6), so `_Remote` stands in for it.
+- Its adapter for files says nothing of a write that failed, that for Redis never answers again once Redis was away:
+  `_Slower` stands in for both. Bounds are kept by the store's ledger.
 - It reports usage to its makers unless told not to before it is imported.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -24,11 +26,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cachestore.kv.file_blobs import UNFINISHED, FileBlobs
 from cachestore.kv.ledger import Key
 from cachestore.kv.redis_blobs import RedisBlobs
 from cachestore.kv.shelf import Blob, Kept, Ticket, Tier, Tiers
@@ -39,8 +42,7 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "CRITICAL")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from lmcache.lmcache_native import Bitmap
-    from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
+    from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
     from lmcache.v1.distributed.config import (
         EvictionConfig,
         L1ManagerConfig,
@@ -55,11 +57,7 @@ with warnings.catch_warnings():
         register_l2_adapter_type,
     )
     from lmcache.v1.distributed.l2_adapters.factory import register_l2_adapter_factory
-    from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import (
-        FSL2Adapter,
-        FSL2AdapterConfig,
-        _filename_to_object_key,
-    )
+    from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import _filename_to_object_key, _object_key_to_filename
     from lmcache.v1.distributed.storage_manager import StorageManager
     from lmcache.v1.platform import create_event_notifier
 
@@ -70,9 +68,13 @@ _TRIES, _PAUSE = 20, 0.05
 """How often, and with how many seconds between, room in memory is asked for while LMCache evicts."""
 _LULL = 2.0
 """Seconds without any write under way after which what was never reported counts as failed."""
-_REMOTE_WORKERS = 4
+_READERS = 4
+"""Threads that bring what is not in memory."""
+_BROUGHT = "brought"
+"""Tag of what they stage."""
 
-Outcome = Callable[[Sequence[Any], bool], None]
+Outcome = Callable[[Any, bool], None]
+"""Hears of each object whether it was written."""
 
 
 class LmcacheShelf:
@@ -87,23 +89,21 @@ class LmcacheShelf:
         """By object: its bytes, and how many tiers have not said how it went."""
         self._failed: dict[Key, None] = {}
         self._lull: float | None = None
-        self._abandoned: list[_Fetch] = []
         self._flights: dict[Any, _Flight] = {}
         """By object: what is bringing it."""
+        self._readers = ThreadPoolExecutor(_READERS, "kv-read")
         self._directory: Path | None = None
         self._held: DirectoryLock | None = None
-        self._slower: list[Tier] = []
-        configs: list[Any] = []
+        self._slower: dict[Tier, _Config] = {}
+        """The fastest first."""
         if tiers.directory is not None:
             self._directory = tiers.directory / self._model
             self._held = DirectoryLock(self._directory)
-            configs.append(_DiskConfig(self._directory, self._ended))
-            self._slower.append(Tier.DISK)
+            self._slower[Tier.DISK] = _Config(FileBlobs(self._directory), _object_key_to_filename, self._ended)
         if tiers.redis is not None:
             # Where there is a disk, only the disk's failures matter: nothing is lost while one tier has it.
             report = self._ended if tiers.directory is None else self._tolerated
-            configs.append(_RemoteConfig(tiers.redis, report))
-            self._slower.append(Tier.REMOTE)
+            self._slower[Tier.REMOTE] = _Config(RedisBlobs(tiers.redis), _name, report)
         self._kept = [] if self._directory is None else _inventory(self._directory)
         self._on_disk = {kept.key for kept in self._kept}
         memory = L1MemoryManagerConfig(max(tiers.memory, 1 << 20), False, shm_name="")
@@ -111,8 +111,7 @@ class LmcacheShelf:
             StorageManagerConfig(
                 l1_manager_config=L1ManagerConfig(memory, read_ttl_seconds=_LOCKED),
                 eviction_config=EvictionConfig("LRU"),
-                l2_adapter_config=L2AdaptersConfig(configs),
-                prefetch_policy="retain",
+                l2_adapter_config=L2AdaptersConfig(list(self._slower.values())),
             )
         )
 
@@ -122,14 +121,63 @@ class LmcacheShelf:
 
     def fetch(self, blob: Blob) -> Ticket:
         """See `Shelf`."""
-        self._reap()
-        return _Fetch(self, self._object(blob.key, blob.index), blob)
+        name = self._object(blob.key, blob.index)
+        ticket = _Fetch(self, name, blob.size)
+        if not ticket.take(Tier.MEMORY) and self._slower:
+            self._fly(name, blob, ticket)
+        return ticket
+
+    def _fly(self, name: Any, blob: Blob, ticket: _Fetch) -> None:
+        """Have an object brought, unless it is under way."""
+        with self._lock:
+            flight = self._flights.get(name)
+            if begun := flight is None:
+                flight = self._flights[name] = _Flight()
+            flight.tickets.append(ticket)
+            ticket.flight = flight
+        if begun:
+            self._readers.submit(self._bring, name, blob, flight)
+
+    def _bring(self, name: Any, blob: Blob, flight: _Flight) -> None:
+        """On a thread of its own: an object into memory, and to all who wait for it."""
+        tier = None
+        try:
+            tier = self._read(name, blob)
+        except Exception:
+            _log.exception("a stored chunk could not be read")
+        with self._lock:
+            del self._flights[name]  # who asks from now on looks into memory first
+        if tier is not None:
+            for ticket in flight.tickets:
+                ticket.take(tier)
+            self.manager.finish_read_prefetched([name])
+        flight.over.set()
+
+    def _read(self, name: Any, blob: Blob) -> Tier | None:
+        """Which tier had it; it is in memory then, and locked once."""
+        memory = self.manager._l1_manager
+        layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
+        staged = memory.reserve_write([name], [False], layout, tag=_BROUGHT)[name][1]
+        if staged is None:
+            # No room, or somebody stored it in this moment.
+            return Tier.MEMORY if memory.reserve_read([name])[name][1] is not None else None
+        came = None
+        try:
+            came = next((t for t, c in self._slower.items() if c.blobs.get(c.name(name), staged.byte_array)), None)
+        finally:
+            if came is None:
+                memory.finish_write_and_delete([name], tag=_BROUGHT)
+        if came is not None:
+            memory.finish_write_and_reserve_read([name], tag=_BROUGHT)
+        return came
 
     def tier(self, key: Key, index: int) -> Tier:
         """See `Shelf`."""
         if not self._slower or self.manager._l1_manager.get_object_state(self._object(key, index)) is not None:
             return Tier.MEMORY
-        return self.slower(key)
+        with self._lock:
+            on_disk = Tier.DISK in self._slower and key in self._on_disk
+        return Tier.DISK if on_disk else list(self._slower)[-1]
 
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         """See `Shelf`."""
@@ -154,13 +202,12 @@ class LmcacheShelf:
         """See `Shelf`."""
         names = [self._object(key, index) for index in range(blobs)]
         for _ in range(_TRIES):
-            # What a load that was given up still locks cannot be replaced: its copy would win over a new one.
+            # What is still locked cannot be replaced: its copy would win over a new one.
             if self.manager.delete_l1_keys(names)[1] == 0:
                 break
             time.sleep(_PAUSE)
-            self._reap()
-        for _, adapter in self.manager.l2_adapters():
-            adapter.delete(names)
+        for config in self._slower.values():
+            config.blobs.delete([config.name(name) for name in names])
         with self._lock:
             self._on_disk.discard(key)
             for name in names:
@@ -168,7 +215,6 @@ class LmcacheShelf:
 
     def writing(self) -> int:
         """See `Shelf`."""
-        self._reap()
         with self._lock:
             if self._writing and self._quiet():
                 for name in self._writing:
@@ -197,62 +243,21 @@ class LmcacheShelf:
         return wrong
 
     def _held_now(self) -> list[str]:
-        self._reap()
         status = self.manager.report_status()
         memory, writer = status["l1_manager"], status["store_controller"]
         wrong = [] if status["is_healthy"] else ["a thread of the storage manager has ended"]
         busy = writer["pending_keys_count"] or writer["in_flight_task_count"]
-        if busy or self.writing() or self._abandoned:
+        if busy or self.writing() or self._flights:
             return wrong  # what is being written or still on its way is locked, and should be
         held = ("read_locked_count", "write_locked_count", "temporary_count")
         return wrong + [f"{what} is {memory[what]}" for what in held if memory[what]]
 
     def close(self) -> None:
         """See `Shelf`."""
-        self._reap()
+        self._readers.shutdown(cancel_futures=True)
         self.manager.close()
         if self._held is not None:
             self._held.release()
-
-    def slower(self, key: Key) -> Tier:
-        """Where something that was not in memory came from."""
-        with self._lock:
-            return Tier.DISK if Tier.DISK in self._slower and key in self._on_disk else self._slower[-1]
-
-    def has_slower(self) -> bool:
-        """Whether there is anything but memory."""
-        return bool(self._slower)
-
-    def flight(self, name: Any, blob: Blob) -> tuple[_Flight, bool]:
-        """What brings an object, and whether it was begun just now."""
-        with self._lock:
-            if (known := self._flights.get(name)) is not None:
-                return known, False
-            begun = self._flights[name] = _Flight(self, name, blob)
-            return begun, True
-
-    def landed(self, name: Any, flight: _Flight) -> None:
-        """It came, or did not; who asks from now on asks anew."""
-        with self._lock:
-            if self._flights.get(name) is flight:
-                del self._flights[name]
-
-    def abandon(self, fetch: _Fetch) -> None:
-        """Nobody waits for it any more; its lock is given back when it has come."""
-        with self._lock:
-            self._abandoned.append(fetch)
-
-    def _reap(self) -> None:
-        if not self._abandoned:
-            return
-        with self._lock:
-            waiting, self._abandoned = self._abandoned, []
-        late = [fetch for fetch in waiting if not fetch.done()]
-        for fetch in waiting:
-            if fetch not in late:
-                fetch.release()
-        with self._lock:
-            self._abandoned += late
 
     def _object(self, key: Key, index: int) -> Any:
         salt, name = key
@@ -278,20 +283,19 @@ class LmcacheShelf:
         # `finish_write` alone would copy them to the slower tiers.
         self.manager._l1_manager.finish_write_and_delete(names, tag="storage_manager")
 
-    def _ended(self, names: Sequence[Any], well: bool) -> None:
-        """A tier says how writing these went."""
+    def _ended(self, name: Any, well: bool) -> None:
+        """A tier says how writing this went."""
         with self._lock:
-            for name in names:
-                if not well:
-                    self._failed[_key(name)] = None
-                if name in self._writing:
-                    size, tiers = self._writing[name]
-                    self._writing[name] = (size, tiers - 1)
-                    if tiers == 1:
-                        del self._writing[name]
+            if not well:
+                self._failed[_key(name)] = None
+            if name in self._writing:
+                size, tiers = self._writing[name]
+                self._writing[name] = (size, tiers - 1)
+                if tiers == 1:
+                    del self._writing[name]
 
-    def _tolerated(self, names: Sequence[Any], well: bool) -> None:
-        self._ended(names, True)
+    def _tolerated(self, name: Any, well: bool) -> None:
+        self._ended(name, True)
 
     def _quiet(self) -> bool:
         """Whether LMCache has had nothing to write for a while, so that what was not reported never will be."""
@@ -305,86 +309,50 @@ class LmcacheShelf:
 
 
 class _Flight:
-    """An object on its way into memory, and all who wait for it: LMCache tells only one of those who ask at once."""
+    """An object on its way into memory, and all who wait for it."""
 
-    def __init__(self, shelf: LmcacheShelf, name: Any, blob: Blob) -> None:
-        self._manager, self._lock = shelf.manager, threading.Lock()
-        layout = MemoryLayoutDesc([torch.Size([blob.size])], [torch.uint8])
-        row = GroupedObjectKeys([name], blob.index, layout)
-        self._handle: Any = self._manager.submit_prefetch_task(PrefetchTaskSpec([row], fetching_policy="full"))
-        """None once its result was fetched."""
-        self.in_memory = self.came = False
-        """It had come before, somebody else's doing; it came at all."""
-
-    def done(self, timeout: float) -> bool:
-        """Whether it is known what came; waits so many seconds for that."""
-        if not self._lock.acquire(timeout=timeout) if timeout > 0 else not self._lock.acquire(blocking=False):
-            return False
-        try:
-            if self._handle is not None and self._manager.wait_prefetch_status(self._handle, timeout):
-                result, self._handle = self._manager.query_prefetch_status(self._handle), None
-                self.in_memory = bool(result.l1_hit_count)
-                self.came = bool(result.l1_hit_count + result.l2_hit_count)
-            return self._handle is None
-        finally:
-            self._lock.release()
+    def __init__(self) -> None:
+        self.tickets: list[_Fetch] = []
+        self.over = threading.Event()
 
 
 class _Fetch:
-    """A ticket: one object on its way into memory, locked there until it is released."""
+    """A ticket: one object, locked in memory from when it is there until it is released."""
 
-    def __init__(self, shelf: LmcacheShelf, name: Any, blob: Blob) -> None:
-        self._shelf, self._name, self._blob = shelf, name, blob
-        self._tier = Tier.MEMORY
-        self._released = self._given_up = False
-        self._flight: _Flight | None = None
-        """None once it came, and where there is none."""
-        self._first = True
-        """The flight's lock is this ticket's; others take one of their own."""
-        # A task takes five times as long as looking into memory does.
-        self._object = self._reserved()
-        if self._object is None and shelf.has_slower():
-            self._tier = shelf.slower(blob.key)
-            self._flight, self._first = shelf.flight(name, blob)
+    def __init__(self, shelf: LmcacheShelf, name: Any, size: int) -> None:
+        self._shelf, self._name, self._size = shelf, name, size
+        self._lock = threading.Lock()
+        self._object: Any = None
+        self._released = False
+        self.tier = Tier.MEMORY
+        self.flight: _Flight | None = None
+        """None: it is known what came."""
+
+    def take(self, tier: Tier) -> bool:
+        """Lock it where it is in memory now, brought from this tier; whether it is."""
+        with self._lock:
+            if self._released:
+                return False
+            self._object = self._shelf.manager._l1_manager.reserve_read([self._name])[self._name][1]
+            self.tier = tier
+            return self._object is not None
 
     def done(self, timeout: float = 0.0) -> bool:
-        flight = self._flight
-        if flight is not None and flight.done(timeout):
-            self._flight = None
-            self._shelf.landed(self._name, flight)
-            if flight.in_memory:
-                self._tier = Tier.MEMORY  # it came in between
-            if flight.came and self._first:
-                self._object = self._shelf.manager.unsafe_read([self._name])[1][0]
-            elif flight.came:
-                self._object = self._reserved()
-        return self._flight is None
+        if self.flight is not None and self.flight.over.wait(timeout):
+            self.flight = None
+        return self.flight is None
 
     def code(self) -> Tensor | None:
-        if self._object is None or self._released or len(self._object.tensor) != self._blob.size:
+        if self._object is None or len(self._object.tensor) != self._size:
             return None
         code: Tensor = self._object.tensor
         return code
 
-    @property
-    def tier(self) -> Tier:
-        return self._tier
-
     def release(self) -> None:
-        if self._released:
-            return
-        if not self.done():
-            if not self._given_up:
-                self._given_up = True
-                self._shelf.abandon(self)
-            return
-        self._released = True
-        if self._object is not None:
-            self._object = None
+        with self._lock:
+            held, self._object, self._released = self._object, None, True
+        if held is not None:
             self._shelf.manager.finish_read_prefetched([self._name])
-
-    def _reserved(self) -> Any:
-        return self._shelf.manager._l1_manager.reserve_read([self._name])[self._name][1]
 
 
 def _key(name: Any) -> Key:
@@ -400,7 +368,7 @@ def _inventory(directory: Path) -> list[Kept]:
     for path in directory.iterdir():
         name = _filename_to_object_key(path.name)
         if name is None:
-            if path.suffix == ".tmp":
+            if path.suffix == UNFINISHED:
                 path.unlink(missing_ok=True)
             continue
         key, status = _key(name), path.stat()
@@ -415,58 +383,27 @@ def _inventory(directory: Path) -> list[Kept]:
     return [Kept(key, sizes[key], heads[key]) for key in sorted(heads, key=used.__getitem__)]
 
 
-class _DiskConfig(FSL2AdapterConfig):  # type: ignore[misc]
-    """LMCache's, and whom to tell."""
+class _Blobs(Protocol):
+    """See `FileBlobs` and `RedisBlobs`, which call what they keep by names of their own."""
 
-    def __init__(self, directory: Path, outcome: Outcome) -> None:
-        super().__init__(str(directory))
-        self.outcome = outcome
+    def get(self, name: Any, target: memoryview) -> bool: ...
 
+    def set(self, name: Any, data: memoryview) -> bool: ...
 
-class _Disk(FSL2Adapter):  # type: ignore[misc]
-    """LMCache's adapter for files, which says how writing went. One thread submits and collects."""
+    def delete(self, names: Sequence[Any]) -> bool: ...
 
-    def __init__(self, config: _DiskConfig) -> None:
-        super().__init__(config)
-        self._outcome = config.outcome
-        self._underway: dict[int, list[Any]] = {}
-        self._guard = threading.Lock()
-        self._landed: set[Any] = set()
-        """What was written since its task began."""
-
-    def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
-        task: int = super().submit_store_task(keys, objects)
-        self._underway[task] = list(keys)
-        return task
-
-    def pop_completed_store_tasks(self) -> dict[int, Any]:
-        completed: dict[int, Any] = super().pop_completed_store_tasks()
-        for task, result in completed.items():
-            keys = self._underway.pop(task, [])
-            with self._guard:
-                landed = self._landed.intersection(keys)
-                self._landed -= landed
-            # A task that failed may hold what was written well: several chunks share one when they come at once.
-            failed = [] if result.is_successful() else [key for key in keys if key not in landed]
-            self._outcome([key for key in keys if key not in failed], True)
-            self._outcome(failed, False)
-        return completed
-
-    def _notify_keys_stored(self, keys: list[Any], sizes: list[int]) -> None:
-        with self._guard:
-            self._landed.update(keys)
-        super()._notify_keys_stored(keys, sizes)
+    def close(self) -> None: ...
 
 
-class _RemoteConfig(L2AdapterConfigBase):  # type: ignore[misc]
-    """A Redis, and whom to tell."""
+class _Config(L2AdapterConfigBase):  # type: ignore[misc]
+    """Where the bytes go, what an object is called there, and whom to tell."""
 
-    def __init__(self, url: str, outcome: Outcome) -> None:
+    def __init__(self, blobs: _Blobs, name: Callable[[Any], Any], outcome: Outcome) -> None:
         super().__init__()
-        self.url, self.outcome = url, outcome
+        self.blobs, self.name, self.outcome = blobs, name, outcome
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> _RemoteConfig:
+    def from_dict(cls, d: dict[str, Any]) -> _Config:
         raise NotImplementedError("only made by this file")
 
     @classmethod
@@ -474,19 +411,17 @@ class _RemoteConfig(L2AdapterConfigBase):  # type: ignore[misc]
         return "only made by hitpath"
 
 
-class _Remote(L2AdapterInterface):  # type: ignore[misc]
-    """Redis for LMCache: a few threads, each call bounded in time, each task answered."""
+class _Slower(L2AdapterInterface):  # type: ignore[misc]
+    """A tier for LMCache to write to, on a thread of its own. It is never asked to read."""
 
-    def __init__(self, config: _RemoteConfig) -> None:
+    def __init__(self, config: _Config) -> None:
         super().__init__()
-        self._outcome = config.outcome
-        self._blobs = RedisBlobs(config.url)
-        self._pool = ThreadPoolExecutor(_REMOTE_WORKERS, "kv-redis")
+        self._blobs, self._name, self._outcome = config.blobs, config.name, config.outcome
+        self._writer = ThreadPoolExecutor(1, "kv-put")
         self._guard = threading.Lock()
         self._tasks = 0
-        self._stored: dict[int, Any] = {}
-        self._looked: dict[int, Any] = {}
-        self._loaded: dict[int, Any] = {}
+        self._stored: dict[int, list[tuple[Any, bool]]] = {}
+        """By task that has ended: whether each object was written."""
         self._bells = {name: create_event_notifier() for name in ("store", "lookup", "load")}
 
     def get_store_event_fd(self) -> int:
@@ -499,96 +434,63 @@ class _Remote(L2AdapterInterface):  # type: ignore[misc]
         return int(self._bells["load"].fileno())
 
     def submit_store_task(self, keys: list[Any], objects: list[Any]) -> int:
-        def store() -> Any:
-            well = True
-            for key, item in zip(keys, objects, strict=True):
-                well &= self._blobs.set(_name(key), item.byte_array)
-            self._outcome(keys, well)
-            return L2StoreResult(well, sum(len(o.byte_array) for o in objects))
+        self._tasks += 1
+        self._writer.submit(self._store, self._tasks, keys, objects)
+        return self._tasks
 
-        return self._submit("store", self._stored, store, L2StoreResult(False, 0))
+    def _store(self, task: int, keys: list[Any], objects: list[Any]) -> None:
+        ends = [(key, self._put(key, item)) for key, item in zip(keys, objects, strict=True)]
+        with self._guard:
+            self._stored[task] = ends
+        self._bells["store"].notify()
+
+    def _put(self, key: Any, item: Any) -> bool:
+        try:
+            return self._blobs.set(self._name(key), item.byte_array)
+        except Exception:
+            _log.exception("a stored chunk could not be written")
+            return False
 
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         with self._guard:
-            completed = dict(self._stored)
-            self._stored.clear()
-        return completed
+            completed, self._stored = self._stored, {}
+        # Only here, since LMCache lets go of them next.
+        for key, well in itertools.chain.from_iterable(completed.values()):
+            self._outcome(key, well)
+        return {task: L2StoreResult(all(well for _, well in ends), 0) for task, ends in completed.items()}
 
     def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: dict[int, Any]) -> int:
-        def look() -> Any:
-            return _bitmap(self._blobs.exists([_name(key) for key in keys]))
-
-        return self._submit("lookup", self._looked, look, _bitmap([False] * len(keys)))
+        raise NotImplementedError
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:
-        with self._guard:
-            return self._looked.pop(task_id, None)
+        raise NotImplementedError
 
     def submit_unlock(self, keys: list[Any]) -> None:
-        """Nothing is locked in Redis: what it evicts meanwhile is absent."""
+        raise NotImplementedError
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
-        def load() -> Any:
-            return _bitmap([self._blobs.get(_name(k), o.byte_array) for k, o in zip(keys, objects, strict=True)])
-
-        return self._submit("load", self._loaded, load, _bitmap([False] * len(keys)))
+        raise NotImplementedError
 
     def query_load_result(self, task_id: int) -> Any:
-        with self._guard:
-            return self._loaded.pop(task_id, None)
+        raise NotImplementedError
 
     def delete(self, keys: list[Any]) -> None:
-        self._blobs.delete([_name(key) for key in keys])
+        self._blobs.delete([self._name(key) for key in keys])
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
         self._blobs.close()
         for bell in self._bells.values():
             bell.close()
-
-    def _submit(self, kind: str, results: dict[int, Any], work: Callable[[], Any], otherwise: Any) -> int:
-        with self._guard:
-            task = self._tasks
-            self._tasks += 1
-
-        def run() -> None:
-            result = otherwise
-            try:
-                result = work()
-            except Exception:
-                _log.exception("a task of the Redis tier failed")
-            finally:
-                with self._guard:
-                    results[task] = result
-                self._bells[kind].notify()
-
-        self._pool.submit(run)
-        return task
 
 
 def _name(key: Any) -> bytes:
     return f"{key.model_name}:{key.cache_salt}:{key.chunk_hash.hex()}:{key.object_group_id}".encode()
 
 
-def _bitmap(flags: Sequence[bool]) -> Any:
-    bitmap = Bitmap(len(flags))
-    for index, flag in enumerate(flags):
-        if flag:
-            bitmap.set(index)
-    return bitmap
+def _make(config: Any, memory: Any = None) -> Any:
+    return _Slower(config)
 
 
-def _make_disk(config: Any, memory: Any = None) -> Any:
-    return _Disk(config)
-
-
-def _make_remote(config: Any, memory: Any = None) -> Any:
-    return _Remote(config)
-
-
-for _kind, _config, _make in (
-    ("hitpath_disk", _DiskConfig, _make_disk),
-    ("hitpath_redis", _RemoteConfig, _make_remote),
-):
-    register_l2_adapter_type(_kind, _config)
-    register_l2_adapter_factory(_kind, _make)
+register_l2_adapter_type("hitpath", _Config)
+register_l2_adapter_factory("hitpath", _make)

@@ -17,7 +17,7 @@ _PREFIX = b"hitpath:kv:"
 
 
 class RedisBlobs:
-    """get, set, exists and delete. After a failure nothing is tried for `pause` seconds."""
+    """get, set and delete. After a failure nothing is tried for `pause` seconds."""
 
     def __init__(self, url: str, *, timeout: float = 1.0, pause: float = 1.0) -> None:
         """`url` as `redis://[user:password@]host:port/db`. Does not connect. Raises ValueError for another kind."""
@@ -41,17 +41,6 @@ class RedisBlobs:
     def set(self, name: bytes, data: memoryview) -> bool:
         """Write a blob."""
         return self._try(lambda: bool(self._client.set(_PREFIX + name, bytes(data))), False)
-
-    def exists(self, names: Sequence[bytes]) -> list[bool]:
-        """Which of these there are."""
-
-        def ask() -> list[bool]:
-            with self._client.pipeline(transaction=False) as pipe:
-                for name in names:
-                    pipe.exists(_PREFIX + name)
-                return [bool(answer) for answer in pipe.execute()]
-
-        return self._try(ask, [False] * len(names))
 
     def delete(self, names: Sequence[bytes]) -> bool:
         """Remove these where they are."""
