@@ -153,26 +153,40 @@ class Fp8:
 
 
 class Int8:
-    """Eight bits; keys share a scale per channel over 64 tokens, values per token and head.
+    """Eight bits; keys share a scale and a floor per channel over 64 tokens, values a scale per token and head.
 
-    Error ≤ 1/500 of the range of what shares the scale, beside the rounding to the tensor's own dtype.
+    Error ≤ 1/500 of the range of what shares a key's scale, ≤ 1/250 of the largest value that shares a value's, beside
+    roundings to the tensor's own dtype. Scales are of that dtype: decoding takes a pass or two in it, rounded once.
     """
 
     name = "int8"
 
     def encode(self, kv: Tensor, form: Form, importance: Tensor | None = None) -> Tensor:
         """See `Codec`."""
-        keys = _grouped(kv[:, 0].float())
-        return _joined(*_quantised(keys, 8, dim=2), *_quantised(kv[:, 1].float(), 8, dim=3))
+        eps = torch.finfo(form.dtype).eps
+        keys, values = _grouped(kv[:, 0].float()), kv[:, 1].float()
+        low, high = keys.amin(2, keepdim=True), keys.amax(2, keepdim=True)
+        _finite(torch.maximum(high, -low), _LARGEST)
+        low = (low - low.abs() * eps).to(form.dtype)
+        step = _scale(high - low.float(), 255, form.dtype)
+        levels = (keys - low.float()).mul_(_inverse(step)).round_().clamp_(0, 255).to(torch.uint8)
+        unit = _scale(_finite(values.abs().amax(3, keepdim=True), _LARGEST), 127, form.dtype)
+        signed = (values * _inverse(unit)).round_().clamp_(-127, 127).to(torch.int8)
+        return _joined(step, low, levels, unit, signed)
 
     def decode(self, code: Tensor, form: Form) -> Tensor:
         """See `Codec`."""
         reader, (layers, _, tokens, heads, dim) = _Reader(code), form.shape
         groups = -(-tokens // _GROUP)
-        keys = _restored(reader, (layers, groups, _GROUP, heads, dim), 8, dim=2)
-        values = _restored(reader, (layers, tokens, heads, dim), 8, dim=3)
+        step, low = (reader.take(form.dtype, layers, groups, 1, heads, dim) for _ in range(2))
+        levels = reader.take(torch.uint8, layers, groups, _GROUP, heads, dim)
+        unit = reader.take(form.dtype, layers, tokens, heads, 1)
+        signed = reader.take(torch.int8, layers, tokens, heads, dim)
         reader.end()
-        return torch.stack((keys.flatten(1, 2)[:, :tokens], values), dim=1).to(form.dtype)
+        kv = torch.empty(form.shape, dtype=form.dtype)
+        kv[:, 0] = torch.addcmul(low, levels.to(form.dtype), step).flatten(1, 2)[:, :tokens]
+        torch.mul(signed, unit, out=kv[:, 1])
+        return kv
 
 
 class Rotated:
@@ -207,7 +221,8 @@ class Rotated:
 class Entropy:
     """Few levels, more of them in early layers, one scale per token, layer and K or V; then zstd.
 
-    Error ≤ 1/28 of the largest value of the token in that layer (1/60 where there are 32 levels).
+    Error ≤ 1/28 of the largest value of the token in that layer (1/60 where there are 32 levels), beside roundings to
+    the tensor's own dtype, which scales are of.
     """
 
     name = "entropy"
@@ -215,28 +230,24 @@ class Entropy:
     def encode(self, kv: Tensor, form: Form, importance: Tensor | None = None) -> Tensor:
         """See `Codec`."""
         wide, steps = kv.float(), _steps(form)
-        scale = _finite(wide.abs().amax((3, 4), keepdim=True), _LARGEST) * (1 + _MARGIN)
-        scale = torch.where(scale > 2.0**-14, scale, 1.0).half()
-        # Too small for float16 to tell apart from nothing, it becomes nothing.
-        # Half a level more, cut off: rounded.
-        levels = (wide * (steps / scale.float())).add_(steps + 0.5).to(torch.uint8)
+        unit = _scale(_finite(wide.abs().amax((3, 4), keepdim=True), _LARGEST), steps, form.dtype)
+        levels = (wide * _inverse(unit)).round_().clamp_(-steps, steps).to(torch.int8)
         # Within a head, channels differ more than tokens do, but zstd finds more where channels lie side by side.
         packed = zstandard.ZstdCompressor(level=1).compress(levels.numpy().tobytes())
-        return _joined(scale, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        return _joined(unit, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def decode(self, code: Tensor, form: Form) -> Tensor:
         """See `Codec`."""
         reader, size = _Reader(code), math.prod(form.shape)
-        scale = reader.take(torch.float16, form.layers, 2, form.tokens, 1, 1).float()
+        unit = reader.take(form.dtype, form.layers, 2, form.tokens, 1, 1)
         try:
             plain = zstandard.ZstdDecompressor().decompress(reader.rest().numpy().tobytes(), max_output_size=size)
         except zstandard.ZstdError as error:
             raise Damaged(str(error)) from error
         if len(plain) != size:
             raise Damaged(f"{len(plain)} levels instead of {size}")
-        steps = _steps(form)
-        levels = torch.frombuffer(bytearray(plain), dtype=torch.uint8).view(form.shape).float()
-        return levels.sub_(steps).mul_(scale / steps).to(form.dtype)
+        levels: Tensor = torch.frombuffer(bytearray(plain), dtype=torch.int8).view(form.shape)
+        return levels * unit
 
 
 class Mixed:
@@ -306,6 +317,16 @@ def _finite(sizes: Tensor, largest: float) -> Tensor:
     if not bool((sizes < largest).all()):
         raise Unfit(f"values up to {float(sizes.max())} in a codec for finite ones below {largest}")
     return sizes
+
+
+def _scale(sizes: Tensor, steps: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """What a level stands for, so that `steps` of them reach as far as this, rounded up."""
+    return (sizes / steps * (1 + torch.finfo(dtype).eps)).to(dtype)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """float32; a scale too small for its dtype means that all values are, to it, nothing."""
+    return torch.where(scale > 0, 1 / scale.float(), 0.0)
 
 
 def _quantised(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

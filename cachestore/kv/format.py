@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cachestore.kv.codecs import CODECS, Damaged, Form
 
-LAYOUT = 3
+LAYOUT = 4
 """Grows whenever head, parts or a codec change; chunks of another version are never read."""
 _MAGIC = b"HPKVHEAD"
 _FIXED = struct.Struct("<8sHHHHII16s16s16s")

@@ -50,8 +50,12 @@ def bound(name: str, kv: Tensor, form: Form) -> Tensor:
         case "fp8":
             return wide.abs() / 16 + wide.abs().amax((2, 4), keepdim=True) * 2.0**-17 + rounding(kv)
         case "int8":
-            keys, values = spread(wide[:, :1], 2), spread(wide[:, 1:], 4)
-            return torch.cat((keys.expand(wide[:, :1].shape), values.expand(wide[:, 1:].shape)), 1) / 500 + rounding(kv)
+            keys, values = wide[:, :1], wide[:, 1:]
+            parts = (
+                spread(keys, 2).expand(keys.shape) / 500,
+                values.abs().amax(4, keepdim=True).expand(keys.shape) / 250,
+            )
+            return torch.cat(parts, 1) + rounding(kv)
         case "entropy":
             fine = torch.tensor([[layer < 10, layer < 2] for layer in range(form.first, form.first + form.layers)])
             share = torch.where(fine, 1 / 29, 1 / 13.5)[:, :, None, None, None]
