@@ -18,6 +18,7 @@ from pathlib import Path
 
 from engine.errors import CheckpointError, SettingsError
 from engine.settings import CalibrationSettings, Settings, parse, parse_calibration
+from engine.threads import before_torch
 
 _KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than clients and proxies do, so that none asks while we hang up."""
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _calibrate(settings: CalibrationSettings) -> int:
     if not _torch_is_there():
         return 2
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_serve`
+    before_torch()
     from engine.calibration import calibrate
 
     return calibrate(settings)
@@ -98,9 +99,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
-    # Torch's threads spin while they wait for each other, unless told before it is imported. Beside any other busy
-    # process that is ruinous: each of a step's hundred parallel loops then waits for a whole time slice.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    before_torch()
     # Torch takes seconds to import: a wrong command line should not wait for it.
     import uvicorn
 

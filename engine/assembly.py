@@ -81,7 +81,8 @@ class Assembled:
 
 def assemble(settings: Settings) -> Assembled:
     """Load, allocate, connect. Raises CheckpointError and SettingsError naming the file, field or flag."""
-    torch.set_num_threads(settings.threads)
+    # Threads that this one starts stay, and with more threads than cores none of them spins (`engine.threads`).
+    torch.set_num_threads(1)
     directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
     device = _device(settings.device, cuda=torch.cuda.is_available())
     checkpoint = load_checkpoint(directory, name=settings.served_name, device=device, dtype=settings.dtype)

@@ -21,6 +21,7 @@ from engine.reuse.steps import Piece, StepBlend
 from engine.scheduler import Chunk
 from engine.sequence import Positions
 from engine.sequence import Sequence as Row
+from engine.threads import Threads
 
 BLOCK_SIZE = 16
 """Tokens of a block: fine enough that little of a shared prefix is lost, coarse enough for the kernels."""
@@ -67,7 +68,7 @@ class Executor:
         Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had.
         """
         config = checkpoint.config
-        self._threads, self._per_token = threads, _multiply_adds(config)
+        self._threads, self._per_token = Threads(threads), _multiply_adds(config)
         self._checkpoint, self._model, self._backend = checkpoint, checkpoint.model, backend
         # One block is nobody's: captured steps let their padding write there.
         self._pool = KvPool(
@@ -120,8 +121,14 @@ class Executor:
     def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
         """Compute every chunk and return the scores."""
         packed, drawn = self._packed(chunks)
-        small = len(packed.ids) * self._per_token < _WORTH_SHARING
-        torch.set_num_threads(1 if small else self._threads)
+        if len(packed.ids) * self._per_token < _WORTH_SHARING:
+            torch.set_num_threads(1)
+            return self._computed(chunks, packed, drawn)
+        with self._threads.step() as threads:
+            torch.set_num_threads(threads)
+            return self._computed(chunks, packed, drawn)
+
+    def _computed(self, chunks: tuple[Chunk, ...], packed: Packed, drawn: int) -> Outcome:
         if pieces := self._pieces(chunks):
             return self._blend(chunks, packed, pieces)
         if self._graphs is not None and drawn == len(chunks) and self._graphs.fits(packed):

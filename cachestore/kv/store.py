@@ -21,13 +21,11 @@ or was not what was written. Nothing here raises because a tier fails, and nothi
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import Empty, Queue
@@ -51,9 +49,9 @@ from cachestore.kv.format import (
 )
 from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
+from cachestore.kv.threads import alone, step_back
 
 _log = logging.getLogger("hitpath.kv")
-_NICE = 10
 _IDLE = 1.0
 """Seconds after which a writer with nothing to write looks for writes that failed."""
 
@@ -390,7 +388,7 @@ class KvStore:
             self._enter(kept.key, kept.size)
         self._inherited = {kept.key: kept.head for kept in inherited if kept.key in self._ledger}
         """What an earlier process left and `recall` has not told: by key, the bytes of its head."""
-        self._decoder = ThreadPoolExecutor(1, "kv-decode", initializer=_alone)
+        self._decoder = ThreadPoolExecutor(1, "kv-decode", initializer=alone)
         self._orders: Queue[_Order | Key | None] = Queue()
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
         self._writer.start()
@@ -653,7 +651,7 @@ class KvStore:
 
     def _write(self) -> None:
         """The writer's life. Only here anything is written or dropped, so that neither overtakes the other."""
-        _step_back()
+        step_back()
         while True:
             try:
                 order = self._orders.get(timeout=_IDLE)
@@ -746,15 +744,3 @@ class KvStore:
             self._drop(key)
             self._tell(Gone(key))
         self._evict(victims)
-
-
-def _alone() -> None:
-    """One thread decodes: others would take the cores of whoever computes meanwhile."""
-    torch.set_num_threads(1)
-
-
-def _step_back() -> None:
-    """Let whoever answers go first: this thread only writes down what is known."""
-    torch.set_num_threads(1)
-    with suppress(AttributeError, OSError):  # where threads have no priority of their own, all keep theirs
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

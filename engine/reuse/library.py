@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-import torch
-
 from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
 from cachestore.kv.controller import Controller, Plan, Source, Wanted
+from cachestore.kv.threads import alone
 from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
 from engine.reuse.borrowing import Borrowing, Keeping, Want
@@ -109,7 +108,7 @@ class Library:
         self._closed = threading.Event()
         self._checked, self._check_from = True, 0.0
         """Whether nothing has happened since the books were checked; when they may be checked again."""
-        self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=_one_thread)
+        self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=alone)
         self.store = open_store(self._happened)
 
     def open(self, wake: Callable[[], None]) -> None:
@@ -389,7 +388,3 @@ def _told(text: Text) -> bytes:
 
 def _nobody() -> None:
     """Nobody waits yet."""
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
