@@ -42,10 +42,12 @@ class Rope:
         """What turns keys that were turned for `before`, (positions, spans), into keys turned for `after`.
 
         As `__call__` returns it. Any scale of the angles is in the keys already. What is turned by is the difference of
-        the rounded angles that both places really get, so that far positions lose nothing.
+        the rounded angles that both places really get, so that far positions lose nothing; its cosine and sine follow
+        from theirs, since that difference itself has no room in float32.
         """
-        angles = self._angles(*after).double() - self._angles(*before).double()
-        return _paired(angles.cos().float(), angles.sin().float())
+        old, new = self._angles(*before), self._angles(*after)
+        old_cos, old_sin, new_cos, new_sin = old.cos(), old.sin(), new.cos(), new.sin()
+        return _paired(new_cos * old_cos + new_sin * old_sin, new_sin * old_cos - new_cos * old_sin)
 
     def _angles(self, positions: Tensor, spans: Tensor | None) -> Tensor:
         """Radians, float32 [N, D / 2]."""

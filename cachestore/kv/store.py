@@ -156,6 +156,8 @@ class Stats:
     bytes: int
     writing: int
     """Bytes that are neither written nor given up."""
+    orders: int
+    """What its writer has still to do: chunks to encode, and to drop."""
     stored: int
     """Chunks handed to the tiers."""
     unwritten: int
@@ -510,6 +512,7 @@ class KvStore:
                 chunks=len(self._ledger),
                 bytes=self._ledger.total,
                 writing=self._reserved + self._shelf.writing(),
+                orders=self._orders.unfinished_tasks,
                 stored=self._counts["stored"],
                 unwritten=self._counts["unwritten"],
                 evicted=self._counts["evicted"],

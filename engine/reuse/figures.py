@@ -65,6 +65,7 @@ def _tiers(now: Figures) -> Iterator[Metric]:
     yield GaugeMetricFamily(f"{prefix}_chunks", "Chunks stored now.", store.chunks)
     yield GaugeMetricFamily(f"{prefix}_bytes", "Bytes of those.", store.bytes)
     yield GaugeMetricFamily(f"{prefix}_writing_bytes", "Bytes not written yet.", store.writing)
+    yield GaugeMetricFamily(f"{prefix}_waiting_orders", "Chunks still to be encoded or dropped.", store.orders)
     yield GaugeMetricFamily(f"{prefix}_pool_chunks", "Decoded chunks on the device.", now.hot_chunks)
     yield GaugeMetricFamily(f"{prefix}_pool_bytes", "Bytes of those.", now.hot_bytes)
     yield GaugeMetricFamily(f"{prefix}_known_texts", "Texts found wherever they stand.", now.known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,9 @@ from engine.rope import Rope, rotate
 
 Turn = tuple[Tensor, Tensor]
 
-_TOGETHER = 8192
-"""Tokens turned at once: bounds the memory that this takes."""
+_TOGETHER = {"cpu": 512}
+"""Tokens turned at once: what a core's cache holds in float32, elsewhere `_MOST`."""
+_MOST = 8192
 
 
 def turn(rope: Rope, count: int, before: int, after: int, spans: tuple[int, int], device: torch.device) -> Turn | None:
@@ -62,56 +63,19 @@ class Placing:
     def __init__(self, prompt: BlendPrompt, slots: Tensor, rope: Rope, *, start: int = 0, turned: bool = True) -> None:
         """`slots` int64 [N] are those of the prompt's tokens; what lies before `start` is left alone."""
         span = len(prompt.tokens)
-        self._groups: list[_Group] = []
-        group: list[tuple[int, Placed]] = []
-        for index, placed in enumerate(prompt.placed):
-            piece = _behind(placed, start)
-            if group and sum(other.count for _, other in group) + piece.count > _TOGETHER:
-                self._groups.append(_Group(group, slots, rope, span, turned=turned))
-                group = []
-            if piece.count:
-                group.append((index, piece))
-        if group:
-            self._groups.append(_Group(group, slots, rope, span, turned=turned))
+        self._pieces = [
+            (index, piece, run_of(slots[piece.start : piece.stop]), by)
+            for index, placed in enumerate(prompt.placed)
+            for piece in _cut(_behind(placed, start), _TOGETHER.get(slots.device.type, _MOST))
+            for by in [_turn_of(rope, piece, span, slots.device) if turned else None]
+        ]
 
     def write(self, memory: LayerPool, layers: Sequence[Tensor]) -> None:
         """Write one layer of all chunks, [2, T, K, D] each, in the order of the prompt's."""
-        for group in self._groups:
-            group.write(memory, layers)
-
-
-class _Group:
-    """Pieces that are turned together: on a CPU every small step costs its threads' waking up."""
-
-    def __init__(
-        self, pieces: Sequence[tuple[int, Placed]], slots: Tensor, rope: Rope, span: int, *, turned: bool
-    ) -> None:
-        self._pieces = pieces
-        self._slots = [run_of(slots[piece.start : piece.stop]) for _, piece in pieces]
-        turns = [_turn_of(rope, piece, span, slots.device) for _, piece in pieces] if turned else [None]
-        self._by = None if all(by is None for by in turns) else _together(turns, [piece.count for _, piece in pieces])
-
-    def write(self, memory: LayerPool, layers: Sequence[Tensor]) -> None:
-        """See `Placing`."""
-        parts = [
-            layers[index][:, piece.offset : piece.offset + piece.count].to(memory.keys.device, non_blocking=True)
-            for index, piece in self._pieces
-        ]
-        keys = [part[0] for part in parts]
-        if self._by is not None:
-            whole = torch.cat(keys) if len(keys) > 1 else keys[0]
-            keys = list(torch.split(rotate(whole.float(), *self._by), [len(part) for part in keys]))
-        for slots, key, part in zip(self._slots, keys, parts, strict=True):
-            _write(memory, slots, key, part[1])
-
-
-def _together(turns: Sequence[Turn | None], counts: Sequence[int]) -> Turn:
-    """The turns of pieces one after the other; by nothing where there is none."""
-    size = next(by[0].shape[-1] for by in turns if by is not None)
-    device = next(by[0].device for by in turns if by is not None)
-    still = [(torch.ones(n, 1, size, device=device), torch.zeros(n, 1, size, device=device)) for n in counts]
-    both = [one if by is None else by for by, one in zip(turns, still, strict=True)]
-    return torch.cat([cos for cos, _ in both]), torch.cat([sin for _, sin in both])
+        for index, piece, slots, by in self._pieces:
+            part = layers[index][:, piece.offset : piece.offset + piece.count]
+            part = part.to(memory.keys.device, non_blocking=True)
+            _write(memory, slots, part[0] if by is None else rotate(part[0].float(), *by), part[1])
 
 
 def _turn_of(rope: Rope, piece: Placed, span: int, device: torch.device) -> Turn | None:
@@ -133,6 +97,13 @@ def _behind(piece: Placed, start: int) -> Placed:
     """What of it stands at `start` or behind; it may be nothing."""
     before = min(max(0, start - piece.start), piece.count)
     return replace(piece, start=piece.start + before, offset=piece.offset + before, count=piece.count - before)
+
+
+def _cut(piece: Placed, most: int) -> Iterator[Placed]:
+    """The same in pieces of so many tokens; nothing where it has none."""
+    for done in range(0, piece.count, most):
+        count = min(most, piece.count - done)
+        yield replace(piece, start=piece.start + done, offset=piece.offset + done, count=count)
 
 
 def run_of(slots: Tensor) -> Tensor | slice:

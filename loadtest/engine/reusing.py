@@ -22,6 +22,8 @@ from loadtest.bench_client import BenchError
 
 _PATIENCE = 300.0
 """Seconds after which an answer counts as lost."""
+_BUSY = ("running", "waiting", "reuse_background_jobs", "kv_writing_bytes", "kv_waiting_orders")
+"""Figures of an engine that has something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +140,7 @@ class Asker:
         until = time.monotonic() + patience
         while True:
             now = await self.figures()
-            busy = ("engine_running", "engine_waiting", "engine_reuse_background_jobs", "engine_kv_writing_bytes")
-            if not any(now.get(f"hitpath_{name}", 0.0) for name in busy):
+            if not any(now.get(f"hitpath_engine_{name}", 0.0) for name in _BUSY):
                 return now
             if time.monotonic() > until:
                 raise BenchError(f"the engine still works after {patience:.0f} s: {now}")

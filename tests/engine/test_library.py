@@ -157,6 +157,7 @@ def test_an_earlier_process_left_chunks_for_marked_and_unmarked_texts(checkpoint
         prompt, spans = prompt_of(TWO)
         assert made.ask([*prompt, *ONE, 1], *spans, tenant="a").chunks == (2, "disk")
         assert asked(made, ONE, tenant="b")[0] == 0
+        made.settled()
         path = next(path for path in sorted(tmp_path.glob("*/*.data")) if path.name.split("@")[2] == "1")
         shutil.rmtree(path.parent)
     # The store closes; the next finds nothing, and says so by computing.
