@@ -1,14 +1,14 @@
 """Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--steps N]`.
 
-Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes one core for three quarters
-of an hour. One: where cores are shared, two threads that wait for each other took longer than one alone. Run it with
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes two cores for three quarters
+of an hour: two runs at a time, of one thread each, since two threads that wait for each other took longer. Run it with
 `MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000`, or a third of the time goes into giving memory
 back. `--keep FILE` lets a run that was stopped go on.
 
 1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
 2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
    (`judge_data`). The rate rises, stays, and falls to nothing in the last part; what is kept is the mean over the last
-   few hundred steps. Three such runs differ only in the order and the mix of pairs, and their weights are averaged.
+   few hundred steps. Six such runs differ only in the order and the mix of pairs, and their weights are averaged.
 3. The net is written as an int8 graph (`judge_export`), and from here on only that graph is asked.
 4. The head is fitted to its logits on the held-out part; the card's figures are of heads fitted to four fifths of it
    and asked about the fifth.
@@ -23,17 +23,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from engine.settings import usable_cores
 from gateway.embedding.local import find_model, load
 from gateway.judge.load import FOLDER
 from gateway.judge.model import PairModel
@@ -46,7 +50,7 @@ from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5, 6)
 """Of the runs that are averaged ("Model soups", Wortsman et al., arXiv 2203.05482): from one start, in orders of their
 own. One net to ask, and less of what chance does to each."""
 STEPS = 2200
@@ -128,6 +132,7 @@ def train(
 
     `keep`: a file from which a run that was stopped goes on, if it is there, and that is written every so many steps.
     """
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     net.train()
     optimiser = _optimiser(net)
@@ -155,7 +160,10 @@ def train(
         optimiser.zero_grad()
         _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
         if step % 200 == 0:
-            print(f"step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+            print(
+                f"run {seed}: step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}",
+                flush=True,
+            )
         if keep is not None and step % every == 0:
             state = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}
             torch.save(state | {"chance": torch.get_rng_state(), "used": used + time.process_time()}, keep)
@@ -202,8 +210,22 @@ def averaged(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([run[name].float() for run in runs]).mean(0) for name in runs[0]}
 
 
-def _kept(keep: Path | None, seed: int) -> Path | None:
-    return None if keep is None else keep.with_name(f"{keep.name}.{seed}")
+def trained(steps: int, keep: Path | None = None) -> tuple[dict[str, Tensor], float]:
+    """All runs, as many at a time as there are cores: their averaged weights, and the processor's minutes of all."""
+    with ProcessPoolExecutor(min(len(SEEDS), usable_cores()), mp_context=get_context("spawn")) as pool:
+        runs = list(pool.map(partial(_run, steps, keep), SEEDS))
+    return averaged([{k: torch.from_numpy(v) for k, v in run.items()} for run, _ in runs]), sum(m for _, m in runs)
+
+
+def _run(steps: int, keep: Path | None, seed: int) -> tuple[dict[str, NDArray[np.float32]], float]:
+    """One run, in a process of its own."""
+    samples = read_sets(data_dir() / "pairs")
+    learn, _ = split(samples)
+    source = find_model()
+    kept = None if keep is None else keep.with_name(f"{keep.name}.{seed}")
+    net, tokens = started(load_file(source / "model.safetensors")), Tokens(source / "tokenizer.json")
+    average, minutes = train(net, (learn, derived(learn, samples)), tokens, steps, seed, kept)
+    return {name: value.numpy() for name, value in average.items()}, minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = Tokens(source / "tokenizer.json")
     weights = load_file(source / "model.safetensors")
     if chosen.weights is None:
-        mix = (learn, derived(learn, samples))
-        runs = [train(started(weights), mix, tokens, chosen.steps, seed, _kept(chosen.keep, seed)) for seed in SEEDS]
-        average, minutes = averaged([run for run, _ in runs]), sum(spent for _, spent in runs)
+        average, minutes = trained(chosen.steps, chosen.keep)
     else:
         known = torch.load(chosen.weights)
         average, minutes = known["weights"], known["minutes"]

@@ -198,7 +198,7 @@ def card(found: Sequence[Judged], shares: Figures, head: PairHead, learnt: Seque
         f"- Shape: MiniLM ({MODEL_NAME}, six layers of 384) over both questions at once, every token marked with",
         "  whether the other question has it, int8 with static ranges. The table of words is the embedder's.",
         "- Head: logistic regression over its logit and the embeddings' cosine, with an offset by category.",
-        f"- Training: `python -m loadtest.training.judge`, {minutes:.0f} CPU minutes on one core for three runs, whose",
+        f"- Training: `python -m loadtest.training.judge`, {minutes:.0f} CPU minutes for six runs, whose",
         "  weights are averaged. Weights only; no text ships.",
         "- Trained on: " + ", ".join(f"{name} {counts[name]}" for name in sorted(counts)) + ",",
         "  and pairs made from their texts by the rules of `loadtest/training/judge_edits.py`.",
