@@ -109,3 +109,14 @@ def test_failures_have_their_exit_codes(config: Path, tmp_path: Path, capsys: py
     with pytest.raises(SystemExit) as stop:
         main(["pairs"])
     assert stop.value.code == 2
+
+
+def test_what_is_served_is_the_pairs_own_categorys_business(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, strict = tmp_path / "code.jsonl", tmp_path / "strict.yaml"
+    path.write_text('{"a": "How do I sort a list in Python?", "b": "How can I sort a list in Python?", "label": 1}\n')
+    strict.write_text(config.read_text() + "cache: {categories: {general: {error_budget: 0}}}\n")
+    assert main(["pairs", str(path), "--config", str(strict), "--json"]) == 0
+    (report,) = orjson.loads(capsys.readouterr().out)["files"]
+    assert report["positives_served"] == 1
