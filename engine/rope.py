@@ -13,6 +13,9 @@ from torch import Tensor
 
 from engine.config import RopeConfig
 
+_TABLE = 32768
+"""Positions whose cosines and sines are kept: 16 MB for heads of 128."""
+
 
 class Rope:
     """Angles for positions; one per model."""
@@ -21,6 +24,8 @@ class Rope:
         self._config, self._dim, self._max_positions = config, head_dim, max_positions
         self._scale = _attention_factor(config)
         self._frequencies = _frequencies(config, head_dim).to(device)
+        self._table: tuple[Tensor, Tensor] | None = None
+        """Of `_circle`, for the first positions: computing them takes as long as turning keys does."""
 
     @property
     def stretches(self) -> bool:
@@ -36,18 +41,30 @@ class Rope:
         angles = self._angles(positions, spans)
         return _paired(angles.cos() * self._scale, angles.sin() * self._scale)
 
-    def difference(
-        self, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
-        """What turns keys that were turned for `before`, (positions, spans), into keys turned for `after`.
+    def difference(self, before: tuple[range, int | None], after: tuple[range, int | None]) -> tuple[Tensor, Tensor]:
+        """What turns keys that were turned for `before`, positions and the text's length, into keys turned for `after`.
 
         As `__call__` returns it. Any scale of the angles is in the keys already. What is turned by is the difference of
         the rounded angles that both places really get, so that far positions lose nothing; its cosine and sine follow
         from theirs, since that difference itself has no room in float32.
         """
-        old, new = self._angles(*before), self._angles(*after)
-        old_cos, old_sin, new_cos, new_sin = old.cos(), old.sin(), new.cos(), new.sin()
+        old_cos, old_sin = self._circle(*before)
+        new_cos, new_sin = self._circle(*after)
         return _paired(new_cos * old_cos + new_sin * old_sin, new_sin * old_cos - new_cos * old_sin)
+
+    def _circle(self, run: range, span: int | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D / 2] of the angles at these positions side by side."""
+        if span is None and run.stop <= _TABLE:
+            if self._table is None or len(self._table[0]) < run.stop:
+                angles = self._angles(self._positions(range(1 << (run.stop - 1).bit_length())), None)
+                self._table = angles.cos(), angles.sin()
+            return self._table[0][run.start : run.stop], self._table[1][run.start : run.stop]
+        positions = self._positions(run)
+        angles = self._angles(positions, None if span is None else torch.full_like(positions, span))
+        return angles.cos(), angles.sin()
+
+    def _positions(self, run: range) -> Tensor:
+        return torch.arange(run.start, run.stop, device=self._frequencies.device)
 
     def _angles(self, positions: Tensor, spans: Tensor | None) -> Tensor:
         """Radians, float32 [N, D / 2]."""

@@ -19,16 +19,15 @@ _TOGETHER = {"cpu": 512}
 _MOST = 8192
 
 
-def turn(rope: Rope, count: int, before: int, after: int, spans: tuple[int, int], device: torch.device) -> Turn | None:
+def turn(rope: Rope, count: int, before: int, after: int, spans: tuple[int, int]) -> Turn | None:
     """What moves keys of positions `before`, `before + 1`, … to `after` and on; None: they are right already.
 
     `spans`: lengths of the text they were computed in and go to, where angles depend on those.
     """
     if before == after and (not rope.stretches or spans[0] == spans[1]):
         return None
-    steps = torch.arange(count, device=device)
     old, new = (
-        (steps + start, torch.full_like(steps, span) if rope.stretches else None)
+        (range(start, start + count), span if rope.stretches else None)
         for start, span in zip((before, after), spans, strict=True)
     )
     return rope.difference(old, new)
@@ -42,7 +41,7 @@ def moved(keys: Tensor, by: Turn | None) -> Tensor:
 def take(pool: KvPool, slots: Tensor, rope: Rope, start: int, span: int) -> tuple[Tensor, ...]:
     """Per layer [2, T, K, D] of the tokens at these slots, which stand from `start` on, with keys as for 0, 1, …"""
     # Where angles depend on the length, that stays as it was: `ChunkKv.span` tells it.
-    by = turn(rope, len(slots), start, 0, (span, span), slots.device)
+    by = turn(rope, len(slots), start, 0, (span, span))
     found = (memory.read(slots) for memory in pool.layers)
     return tuple(torch.stack((moved(keys, by), values)) for keys, values in found)
 
@@ -67,7 +66,7 @@ class Placing:
             (index, piece, run_of(slots[piece.start : piece.stop]), by)
             for index, placed in enumerate(prompt.placed)
             for piece in _cut(_behind(placed, start), _TOGETHER.get(slots.device.type, _MOST))
-            for by in [_turn_of(rope, piece, span, slots.device) if turned else None]
+            for by in [_turn_of(rope, piece, span) if turned else None]
         ]
 
     def write(self, memory: LayerPool, layers: Sequence[Tensor]) -> None:
@@ -78,10 +77,10 @@ class Placing:
             _write(memory, slots, part[0] if by is None else rotate(part[0].float(), *by), part[1])
 
 
-def _turn_of(rope: Rope, piece: Placed, span: int, device: torch.device) -> Turn | None:
+def _turn_of(rope: Rope, piece: Placed, span: int) -> Turn | None:
     """What moves a chunk's keys to where it is placed, in a prompt of `span` tokens."""
     spans = (piece.chunk.span or len(piece.chunk.tokens), span)
-    return turn(rope, piece.count, piece.offset, piece.start, spans, device)
+    return turn(rope, piece.count, piece.offset, piece.start, spans)
 
 
 def _write(memory: LayerPool, slots: Tensor | slice, keys: Tensor, values: Tensor) -> None:

@@ -122,7 +122,7 @@ def test_keys_are_turned_exactly(variant: Checkpoint, before: int, after: int) -
         positions = torch.arange(start, start + 12)
         return rotate(keys, *rope(positions, torch.full_like(positions, span) if rope.stretches else None))
 
-    there = moved(at(before, spans[0]), turn(rope, 12, before, after, spans, keys.device))
+    there = moved(at(before, spans[0]), turn(rope, 12, before, after, spans))
     torch.testing.assert_close(there, at(after, spans[1]), atol=1e-5, rtol=0)
 
 
