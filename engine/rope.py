@@ -25,7 +25,7 @@ class Rope:
         self._scale = _attention_factor(config)
         self._frequencies = _frequencies(config, head_dim).to(device)
         self._table: tuple[Tensor, Tensor] | None = None
-        """Of `_circle`, for the first positions: computing them takes as long as turning keys does."""
+        """Of `_circle`, for the first positions."""
 
     @property
     def stretches(self) -> bool:
