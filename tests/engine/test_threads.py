@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from engine.threads import Threads, delayed
+from engine.threads import Threads, delayed, idle
 
 
 class Machine:
     """A clock, and how long the thread stands in line with so many beside it."""
 
     def __init__(self, cores: int) -> None:
-        self.cores, self.busy = cores, 0
-        self.now = self.stood = 0.0
-        self.threads = Threads(cores, clock=lambda: self.now, delay=lambda: self.stood)
+        self.cores, self.busy, self.asleep = cores, 0, False
+        self.now = self.stood = self.idle = 0.0
+        self.threads = Threads(cores, clock=lambda: self.now, delay=lambda: self.stood, unused=lambda: self.idle)
 
     def step(self, seconds: float = 0.03) -> int:
         with self.threads.step() as count:
             self.now += seconds
-            self.stood += 0.4 * seconds if count + self.busy > self.cores else 0.01 * seconds
+            self.stood += 0.4 * seconds if count + self.busy > self.cores or self.asleep else 0.01 * seconds
+            self.idle += 0.3 * seconds if self.asleep else 0.0
         return count
 
     def steps(self, seconds: float) -> list[int]:
@@ -63,6 +65,12 @@ def test_a_moment_of_others_changes_nothing() -> None:
         assert set(machine.steps(1)) == {2}
 
 
+def test_standing_in_line_beside_an_idle_core_changes_nothing() -> None:
+    machine = Machine(2)
+    machine.asleep = True
+    assert set(machine.steps(10)) == {2}
+
+
 def test_a_step_that_fails_is_passed_on() -> None:
     threads = Threads(2)
     with pytest.raises(KeyError), threads.step():
@@ -84,3 +92,10 @@ def test_the_kernel_tells_who_stands_in_line() -> None:
     )
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]
     assert sum(float(one.communicate()[0]) for one in both) > 0.2
+
+
+@pytest.mark.skipif(not Path("/proc/uptime").exists(), reason="this kernel does not tell")
+def test_the_kernel_tells_how_idle_the_cores_are() -> None:
+    before = idle()
+    time.sleep(0.2)
+    assert 0 <= idle() - before < 5
