@@ -39,8 +39,8 @@ class Order:
         return self.versions[0].tokens
 
 
-_HEADS = 0.2
-"""Share of the patience that heads get."""
+_GRACE = 0.02
+"""Seconds of loading that are not computed beside on a CPU: both want the same cores, and nothing would be hidden."""
 
 Planner = Callable[[Sequence[Wanted]], Plan]
 
@@ -145,18 +145,25 @@ class Fetch:
     def _read(self, lookup: Lookup, chosen: dict[int, int]) -> None:
         """Layer after layer of what is chosen."""
         load = self._store.prepare_load(lookup, chosen)
+        soon = threading.Timer(_GRACE if self._device.type == "cpu" else 0.0, self._now_planned)
+        soon.daemon = True
         try:
             for column, place in enumerate(sorted(chosen)):
                 self._columns[chosen[place]] = column
                 self._notes[chosen[place]] = read_note(load.note(column), len(lookup.chunks[place].tokens))
-            self.planned = True
-            self._changed()
             for row in load.layers():
                 with self._arrived:
                     if self._closed:
                         return
                     self._rows.append([None if piece is None else piece.to(self._device) for piece in row])
                     self._arrived.notify_all()
+                if len(self._rows) == 1:  # without the first layer nothing could be computed
+                    soon.start()
         finally:
+            soon.cancel()
             self.tiers |= {chosen[place]: load.tier(column) for column, place in enumerate(sorted(chosen))}
             self._store.complete_load(load)
+
+    def _now_planned(self) -> None:
+        self.planned = True
+        self._changed()

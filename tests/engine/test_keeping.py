@@ -217,7 +217,8 @@ def test_layers_are_waited_for_and_the_best_version_is_taken() -> None:
         assert piece is not None
         assert torch.equal(piece, refined.layers[layer])
     fetching.executor.shutdown()
-    assert (fetch.planned, fetch.over, fetch.ratio, fetching.changes) == (True, True, 0.2, 2)
+    assert (fetch.planned, fetch.over, fetch.ratio) == (True, True, 0.2)
+    assert fetching.changes in (1, 2)  # what comes fast is planned when it is over
     whole = fetch.chunk(0)
     assert whole is not None
     assert (whole.before, len(whole.layers)) == (3, LAYERS)
