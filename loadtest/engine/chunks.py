@@ -39,8 +39,8 @@ from loadtest.table import Bar, Row, absolute, ratio, render
 _QUESTION = "Which of these words come first, and which of them come last?"
 _HEAD = 12
 """Tokens of the head that no other prompt has."""
-_CALM = 1.5
-"""Seconds until the next prompt when an engine says that it has nothing to do: it still tidies up."""
+_CALM = 0.2
+"""Seconds until the next prompt when an engine says that it has nothing to do."""
 _ROOM = 2
 """Prompts that fit the pool, where decoded chunks are to be few."""
 
