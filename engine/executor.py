@@ -121,6 +121,8 @@ class Executor:
     def run(self, chunks: tuple[Chunk, ...]) -> Outcome:
         """Compute every chunk and return the scores."""
         packed, drawn = self._packed(chunks)
+        if self._checkpoint.device.type != "cpu":
+            return self._computed(chunks, packed, drawn)
         if len(packed.ids) * self._per_token < _WORTH_SHARING:
             torch.set_num_threads(1)
             return self._computed(chunks, packed, drawn)
