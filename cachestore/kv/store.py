@@ -379,7 +379,7 @@ class KvStore:
         self._loads = 0
         self._asked = 0
         """Heads on their way."""
-        self._closed = False
+        self._closed = self._given_up = False
         self._counts: Counter[str] = Counter()
         self._refused: Counter[Refusal] = Counter()
         self._lost: Counter[Lost] = Counter()
@@ -540,7 +540,10 @@ class KvStore:
             self._closed = True
         self._orders.put(None)
         self._writer.join(timeout)
-        self.flush(timeout)
+        self._given_up = True
+        self._writer.join()  # for the one chunk that it has in hand: the shelf must not go from under it
+        if not self._orders.unfinished_tasks:
+            self.flush(timeout)
         self._decoder.shutdown()
         self._shelf.close()
 
@@ -664,6 +667,8 @@ class KvStore:
             try:
                 match order:
                     case None:
+                        return
+                    case _ if self._given_up:
                         return
                     case _Order():
                         self._execute(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,3 +225,28 @@ def test_codecs_that_ask_are_told_what_is_important(store: KvStore) -> None:
     assert errors[10:26].max() < 0.05
     assert errors[26:].min() > 0.05
     store.close()
+
+
+def test_what_is_still_waiting_when_the_store_closes_is_given_up_before_the_shelf_goes() -> None:
+    class Slow(MemoryShelf):
+        closed = False
+        late = 0
+
+        def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
+            time.sleep(0.05)
+            self.late += self.closed
+            return super().put(key, blobs)
+
+        def close(self) -> None:
+            self.closed = True
+
+    shelf = Slow()
+    store = KvStore(GEOMETRY, shelf, Options(1 << 24))
+    for seed in range(20):
+        slot = store.prepare_store(chunk(seed))
+        assert isinstance(slot, Slot)
+        store.complete_store(slot, kv_of(slot.chunk))
+    store.close(0.1)
+    assert store.stats().orders
+    time.sleep(0.2)
+    assert not shelf.late
