@@ -18,10 +18,15 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
 from engine.errors import CheckpointError, RequestError
 from engine.tools import ToolFormat, detect
+
+Offsets = NDArray[np.int64]
+"""[N, 2]: of every token the first character and the one behind its last; the same where it has none."""
 
 UNFINISHED = "\ufffd"
 """What decoding puts where bytes do not form a character (yet)."""
@@ -76,11 +81,11 @@ class ChatTokenizer:
         """
         return self.encode_offsets(text)[0]
 
-    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """As `encode_text`, with the characters that each token stands for; special ones have none."""
-        encoding = self._tokenizer.encode(text)
+        ids, offsets = self._encoded(text, special=True)
         begin = self._id("bos_token")
-        return (encoding.ids, encoding.offsets) if encoding.ids or begin is None else ([begin], [(0, 0)])
+        return (ids, offsets) if ids or begin is None else ([begin], np.zeros((1, 2), np.int64))
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -88,10 +93,18 @@ class ChatTokenizer:
         """Token ids of a conversation that waits for the assistant. Raises RequestError where the template refuses."""
         return self.encode_rendered(self.render(messages, tools))[0]
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_rendered(self, text: str) -> tuple[list[int], Offsets]:
         """Token ids of a conversation as `render` wrote it, and the characters that each token stands for."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return self._encoded(text, special=False)
+
+    def _encoded(self, text: str, *, special: bool) -> tuple[list[int], Offsets]:
+        # A batch of one: `encode` keeps all other threads from the interpreter while it works.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids = encoding.ids
+        if self._pieces is not None and (found := _offsets(text, [self._pieces[id_] for id_ in ids])) is not None:
+            return ids, found
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
+        return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
         """The conversation as the text that the model was trained on."""
@@ -252,6 +265,21 @@ def _token_text(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def _offsets(text: str, pieces: Sequence[bytes]) -> Offsets | None:
+    """Where these tokens stand in a text; None if they are not all that there is of it."""
+    whole = text.encode()
+    if b"".join(pieces) != whole:
+        return None
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    edges = np.stack((np.roll(ends, 1), ends), 1)
+    edges[:1, 0] = 0
+    if len(whole) > len(text):  # a token has every character that it has a byte of
+        begun = (np.frombuffer(whole, np.uint8) & 0xC0) != 0x80
+        character = np.append(np.cumsum(begun) - 1, len(text))
+        edges = np.stack((character[edges[:, 0]], character[edges[:, 1] - 1] + 1), 1)
+    return edges
 
 
 def _byte_pieces(tokenizer: Tokenizer, size: int) -> list[bytes]:

@@ -164,21 +164,18 @@ def marked_spans(rendered: str, parts: Iterator[str] | Sequence[str], marks: Mar
     return tuple(spans)
 
 
-def token_spans(offsets: Sequence[Span], spans: Sequence[Span], least: int) -> tuple[Span, ...]:
+def token_spans(offsets: NDArray[np.int64], spans: Sequence[Span], least: int) -> tuple[Span, ...]:
     """Tokens that lie wholly inside each span of characters, where there are `least` or more.
 
-    `offsets`: characters of every token, ascending; tokens without any, as some special ones, belong to nobody.
+    `offsets` [N, 2]: characters of every token, ascending; tokens without any, as some special ones, belong to nobody.
     """
+    tokens = np.flatnonzero(offsets[:, 0] < offsets[:, 1])
+    starts, stops = offsets[tokens].T
     chunks: list[Span] = []
-    token = 0
     for start, stop in spans:
-        while token < len(offsets) and (offsets[token][0] < start or offsets[token][0] == offsets[token][1]):
-            token += 1
-        first = token
-        while token < len(offsets) and offsets[token][1] <= stop:
-            token += 1
-        if token - first >= least:
-            chunks.append((first, token))
+        first, last = int(np.searchsorted(starts, start)), int(np.searchsorted(stops, stop, "right")) - 1
+        if first <= last and (chunk := (int(tokens[first]), int(tokens[last]) + 1))[1] - chunk[0] >= least:
+            chunks.append(chunk)
     return tuple(chunks)
 
 

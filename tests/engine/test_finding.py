@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,7 +161,8 @@ def test_only_tokens_cut_by_a_border_are_lost(sizes: list[int], borders: list[in
         end += size
     ordered = sorted(borders)
     spans = list(zip(ordered[::2], ordered[1::2], strict=False))
-    taken = [offsets[first:last] for first, last in token_spans(offsets, spans, least=1)]
+    chunks = token_spans(np.array(offsets, np.int64).reshape(-1, 2), spans, least=1)
+    taken = [offsets[first:last] for first, last in chunks]
     for start, stop in spans:
         inside = {(a, b) for a, b in offsets if start <= a < b <= stop}
         found = {(a, b) for row in taken for a, b in row if start <= a < b <= stop}

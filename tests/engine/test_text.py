@@ -111,6 +111,14 @@ def test_real_text_comes_out_whole(bundled: ChatTokenizer) -> None:
     assert not any(UNFINISHED in piece for piece in shown)
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(("<|end|>漢\u0301<|user|> x", "a<|end|>")))
+@settings(max_examples=200)
+def test_tokens_stand_where_the_library_says(bundled: ChatTokenizer, text: str) -> None:
+    library = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode(text, add_special_tokens=False)
+    ids, offsets = bundled.encode_rendered(text)
+    assert (ids, offsets.tolist()) == (library.ids, [list(span) for span in library.offsets])
+
+
 def test_tokens_are_spelled_with_their_bytes(bundled: ChatTokenizer) -> None:
     tokens = bundled.encode_text("漢")
     spelled = [bundled.spelled(token) for token in tokens]
@@ -146,6 +154,7 @@ def test_vocabularies_with_byte_fallback(tmp_path_factory: pytest.TempPathFactor
     shown = [detokenizer.push(token) for token in ids]
     assert "".join(shown) + detokenizer.flush() == tokenizer.decode(ids)
     assert not any(UNFINISHED in piece for piece in shown)
+    assert tokenizer.encode_rendered("!!")[1].tolist() == [[0, 1], [1, 2]]
 
 
 alphabet = st.text(alphabet="abé", max_size=12)
