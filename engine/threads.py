@@ -3,16 +3,12 @@
 Between the parallel loops of a step threads wait for tens of microseconds. Sleeping costs more than that: a prompt of
 3,100 tokens takes 280 ms on two cores when they sleep and 195 when they spin. But where another process wants one of
 the cores, a thread spins while the one it waits for stands in line, and the same prompt takes 640. So they spin for a
-moment, and as long as they stand in line there are fewer of them. After a moment without work a kernel may wake them
-on the core of the one that they are to help, where they stand in its way while another core sleeps: 9 ms of a prompt's
-60. So they are told to wake elsewhere.
+moment, and as long as they stand in line there are fewer of them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,8 +26,6 @@ _ROOM = 0.15
 without work, threads of one step may wake up on the same one, while the other is still asleep."""
 _PAUSES = (0.25, 60.0)
 """Seconds until one more is tried again: twice as many each time that this was too many."""
-
-_LIBC = ctypes.CDLL(None)
 
 
 def before_torch() -> None:
@@ -56,22 +50,6 @@ def idle() -> float:
     return 0.0
 
 
-def helpers_apart() -> None:
-    """Keep the threads that OpenMP started for the calling one off the core that this one has; nothing where it fails.
-
-    Those are the threads of this process that Python does not know. Others among them lose no more than this one core.
-    """
-    with suppress(OSError, AttributeError):
-        allowed = os.sched_getaffinity(0)
-        elsewhere = allowed - {_LIBC.sched_getcpu()}
-        if not elsewhere or elsewhere == allowed:
-            return
-        known = {thread.native_id for thread in threading.enumerate()}
-        for helper in {int(task.name) for task in Path("/proc/self/task").iterdir()} - known:
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(helper, elsewhere)
-
-
 class Threads:
     """Of the one thread that computes; what it starts beside itself is OpenMP's."""
 
@@ -82,8 +60,9 @@ class Threads:
         clock: Callable[[], float] = time.monotonic,
         delay: Callable[[], float] = delayed,
         unused: Callable[[], float] = idle,
-        apart: Callable[[], None] = helpers_apart,
+        apart: Callable[[], None] = lambda: None,
     ) -> None:
+        """`apart` is called before every step that several compute: see `cachestore.kv.threads`."""
         self._most, self._clock, self._delay, self._unused, self._apart = most, clock, delay, unused, apart
         self._now, self._crowded = most, most
         """How many compute, and the last number that was too many."""

@@ -35,6 +35,7 @@ from cachestore.kv.file_blobs import UNFINISHED, FileBlobs
 from cachestore.kv.ledger import Key
 from cachestore.kv.redis_blobs import RedisBlobs
 from cachestore.kv.shelf import Blob, Kept, Ticket, Tier, Tiers
+from cachestore.kv.threads import Workers
 from cachestore.lock import DirectoryLock
 
 os.environ["LMCACHE_TRACK_USAGE"] = "false"
@@ -91,7 +92,7 @@ class LmcacheShelf:
         self._lull: float | None = None
         self._flights: dict[Any, _Flight] = {}
         """By object: what is bringing it."""
-        self._readers = ThreadPoolExecutor(_READERS, "kv-read")
+        self._readers = Workers(_READERS, "kv-read")
         self._directory: Path | None = None
         self._held: DirectoryLock | None = None
         self._slower: dict[Tier, _Config] = {}
@@ -136,6 +137,7 @@ class LmcacheShelf:
             flight.tickets.append(ticket)
             ticket.flight = flight
         if begun:
+            self._readers.apart()
             self._readers.submit(self._bring, name, blob, flight)
 
     def _bring(self, name: Any, blob: Blob, flight: _Flight) -> None:

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import Empty, Queue
@@ -49,7 +49,7 @@ from cachestore.kv.format import (
 )
 from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
-from cachestore.kv.threads import alone, step_back
+from cachestore.kv.threads import Workers, alone, step_back
 
 _log = logging.getLogger("hitpath.kv")
 _IDLE = 1.0
@@ -229,7 +229,7 @@ class _Piece:
             self._take(part)
         return None if self.lost is not None else self._kv[layer - self.head.parts[self._at].form.first]
 
-    def ahead(self, layer: int, executor: ThreadPoolExecutor) -> None:
+    def ahead(self, layer: int, executor: Workers) -> None:
         """Begin to decode the part of a layer that will be asked for, if its bytes have come."""
         if self.lost is not None or layer > self._last():
             return
@@ -265,7 +265,10 @@ class _Piece:
             return
         try:
             future = self._ahead.pop(part, None)
-            self._kv = self._decode(ticket, self.head.parts[part]) if future is None else future.result()
+            if future is None or future.cancel():
+                self._kv = self._decode(ticket, self.head.parts[part])
+            else:
+                self._kv = future.result()
             self._at, self.tier = part, max(self.tier, ticket.tier, key=list(Tier).index)
         except _Gone:
             self.lost = Lost.ABSENT
@@ -299,7 +302,7 @@ class _Gone(Exception):
 class Load:
     """Chunks on their way, layer by layer. Ends with `complete_load`."""
 
-    def __init__(self, layers: int, pieces: list[_Piece | None], executor: ThreadPoolExecutor) -> None:
+    def __init__(self, layers: int, pieces: list[_Piece | None], executor: Workers) -> None:
         self._layers, self.pieces, self._executor = layers, pieces, executor
         self.consumed = False
         """Whether every layer was asked for."""
@@ -323,13 +326,19 @@ class Load:
 
         Waits for bytes that have not come, up to the store's patience. While a layer is used, the next is decoded.
         """
+        self._executor.apart()
         for layer in range(self._layers):
-            row = [None if piece is None else piece.layer(layer) for piece in self.pieces]
-            for piece in self.pieces:
-                if piece is not None:
-                    piece.ahead(layer + 1, self._executor)
+            # The decoder begins with the first chunk, the calling thread with the last: they meet somewhere.
+            self._ahead(layer)
+            row = [None if piece is None else piece.layer(layer) for piece in reversed(self.pieces)][::-1]
+            self._ahead(layer + 1)
             self.consumed = layer == self._layers - 1
             yield row
+
+    def _ahead(self, layer: int) -> None:
+        for piece in self.pieces:
+            if piece is not None:
+                piece.ahead(layer, self._executor)
 
     def whole(self) -> list[Tensor | None]:
         """All layers at once: [layers, 2, tokens, kv_heads, head_dim] or None for every wanted chunk."""
@@ -390,7 +399,7 @@ class KvStore:
             self._enter(kept.key, kept.size)
         self._inherited = {kept.key: kept.head for kept in inherited if kept.key in self._ledger}
         """What an earlier process left and `recall` has not told: by key, the bytes of its head."""
-        self._decoder = ThreadPoolExecutor(1, "kv-decode", initializer=alone)
+        self._decoder = Workers(1, "kv-decode", alone)
         self._orders: Queue[_Order | Key | None] = Queue()
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
         self._writer.start()

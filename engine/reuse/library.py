@@ -12,13 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
 from cachestore.kv.controller import Controller, Plan, Source, Wanted
-from cachestore.kv.threads import alone
+from cachestore.kv.threads import Workers, alone
 from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
 from engine.reuse.borrowing import Borrowing, Keeping, Want
@@ -108,7 +107,7 @@ class Library:
         self._closed = threading.Event()
         self._checked, self._check_from = True, 0.0
         """Whether nothing has happened since the books were checked; when they may be checked again."""
-        self._readers = ThreadPoolExecutor(_READERS, "kv-fetch", initializer=alone)
+        self._readers = Workers(_READERS, "kv-fetch", alone)
         self.store = open_store(self._happened)
 
     def open(self, wake: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -100,23 +99,3 @@ def test_the_kernel_tells_how_idle_the_cores_are() -> None:
     before = idle()
     time.sleep(0.2)
     assert 0 <= idle() - before < 5
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs a second core"
-)
-def test_helpers_wake_on_another_core_than_the_one_that_they_help() -> None:
-    program = (
-        "from engine.threads import Threads, before_torch\n"
-        "before_torch()\n"
-        "import os, threading, torch\n"
-        "torch.set_num_threads(2)\n"
-        "known, before = {threading.get_native_id()}, os.sched_getaffinity(0)\n"
-        "for _ in range(2):\n"
-        "    with Threads(2).step(): torch.zeros(2**22).add_(1)\n"
-        "helpers = {int(name) for name in os.listdir('/proc/self/task')} - known\n"
-        "assert helpers and os.sched_getaffinity(0) == before\n"
-        "print(*(len(before - os.sched_getaffinity(one)) for one in helpers))"
-    )
-    said = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
-    assert set(said.stdout.split()) == {"1"}
