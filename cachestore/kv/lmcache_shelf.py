@@ -22,6 +22,7 @@ import os
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +36,6 @@ from cachestore.kv.file_blobs import UNFINISHED, FileBlobs
 from cachestore.kv.ledger import Key
 from cachestore.kv.redis_blobs import RedisBlobs
 from cachestore.kv.shelf import Blob, Kept, Ticket, Tier, Tiers
-from cachestore.kv.threads import Workers
 from cachestore.lock import DirectoryLock
 
 os.environ["LMCACHE_TRACK_USAGE"] = "false"
@@ -74,8 +74,8 @@ _READERS = 4
 _BROUGHT = "brought"
 """Tag of what they stage."""
 
-Outcome = Callable[[Any, bool], None]
-"""Hears of each object whether it was written."""
+Outcome = Callable[[Any, int], None]
+"""Hears of each object how many of its bytes were not written."""
 
 
 class LmcacheShelf:
@@ -88,11 +88,12 @@ class LmcacheShelf:
         self._lock = threading.Lock()
         self._writing: dict[Any, tuple[int, int]] = {}
         """By object: its bytes, and how many tiers have not said how it went."""
-        self._failed: dict[Key, None] = {}
+        self._failed: Counter[Key] = Counter()
+        """Bytes that were not written."""
         self._lull: float | None = None
         self._flights: dict[Any, _Flight] = {}
         """By object: what is bringing it."""
-        self._readers = Workers(_READERS, "kv-read")
+        self._readers = ThreadPoolExecutor(_READERS, "kv-read")
         self._directory: Path | None = None
         self._held: DirectoryLock | None = None
         self._slower: dict[Tier, _Config] = {}
@@ -137,7 +138,6 @@ class LmcacheShelf:
             flight.tickets.append(ticket)
             ticket.flight = flight
         if begun:
-            self._readers.apart()
             self._readers.submit(self._bring, name, blob, flight)
 
     def _bring(self, name: Any, blob: Blob, flight: _Flight) -> None:
@@ -219,16 +219,16 @@ class LmcacheShelf:
         """See `Shelf`."""
         with self._lock:
             if self._writing and self._quiet():
-                for name in self._writing:
-                    self._failed[_key(name)] = None
+                for name, (size, _) in self._writing.items():
+                    self._failed[_key(name)] += size
                 self._writing.clear()
             return sum(size for size, _ in self._writing.values())
 
-    def failed(self) -> list[Key]:
+    def failed(self) -> dict[Key, int]:
         """See `Shelf`."""
         self.writing()
         with self._lock:
-            failed, self._failed = list(self._failed), {}
+            failed, self._failed = dict(self._failed), Counter()
         if failed and self._directory is not None:
             # Someone may have removed it; whatever else is wrong with it is not made worse.
             with suppress(OSError):
@@ -285,19 +285,19 @@ class LmcacheShelf:
         # `finish_write` alone would copy them to the slower tiers.
         self.manager._l1_manager.finish_write_and_delete(names, tag="storage_manager")
 
-    def _ended(self, name: Any, well: bool) -> None:
-        """A tier says how writing this went."""
+    def _ended(self, name: Any, lacking: int) -> None:
+        """A tier says how many bytes of this it could not write."""
         with self._lock:
-            if not well:
-                self._failed[_key(name)] = None
+            if lacking:
+                self._failed[_key(name)] += lacking
             if name in self._writing:
                 size, tiers = self._writing[name]
                 self._writing[name] = (size, tiers - 1)
                 if tiers == 1:
                     del self._writing[name]
 
-    def _tolerated(self, name: Any, well: bool) -> None:
-        self._ended(name, True)
+    def _tolerated(self, name: Any, lacking: int) -> None:
+        self._ended(name, 0)
 
     def _quiet(self) -> bool:
         """Whether LMCache has had nothing to write for a while, so that what was not reported never will be."""
@@ -422,8 +422,8 @@ class _Slower(L2AdapterInterface):  # type: ignore[misc]
         self._writer = ThreadPoolExecutor(1, "kv-put")
         self._guard = threading.Lock()
         self._tasks = 0
-        self._stored: dict[int, list[tuple[Any, bool]]] = {}
-        """By task that has ended: whether each object was written."""
+        self._stored: dict[int, list[tuple[Any, int]]] = {}
+        """By task that has ended: how many bytes of each object were not written."""
         self._bells = {name: create_event_notifier() for name in ("store", "lookup", "load")}
 
     def get_store_event_fd(self) -> int:
@@ -446,20 +446,21 @@ class _Slower(L2AdapterInterface):  # type: ignore[misc]
             self._stored[task] = ends
         self._bells["store"].notify()
 
-    def _put(self, key: Any, item: Any) -> bool:
+    def _put(self, key: Any, item: Any) -> int:
+        """Bytes that were not written."""
         try:
-            return self._blobs.set(self._name(key), item.byte_array)
+            return 0 if self._blobs.set(self._name(key), item.byte_array) else len(item.byte_array)
         except Exception:
             _log.exception("a stored chunk could not be written")
-            return False
+            return len(item.byte_array)
 
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         with self._guard:
             completed, self._stored = self._stored, {}
         # Only here, since LMCache lets go of them next.
-        for key, well in itertools.chain.from_iterable(completed.values()):
-            self._outcome(key, well)
-        return {task: L2StoreResult(all(well for _, well in ends), 0) for task, ends in completed.items()}
+        for key, lacking in itertools.chain.from_iterable(completed.values()):
+            self._outcome(key, lacking)
+        return {task: L2StoreResult(not any(lacking for _, lacking in ends), 0) for task, ends in completed.items()}
 
     def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: dict[int, Any]) -> int:
         raise NotImplementedError

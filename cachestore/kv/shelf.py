@@ -112,8 +112,8 @@ class Shelf(Protocol):
         """Bytes put and not yet written to where they are to stay."""
         ...
 
-    def failed(self) -> list[Key]:
-        """Keys of which something could not be written since the last call."""
+    def failed(self) -> dict[Key, int]:
+        """Keys of which something could not be written since the last call, and how many bytes of each."""
         ...
 
     def check(self) -> list[str]:
@@ -167,9 +167,9 @@ class MemoryShelf:
         """See `Shelf`."""
         return 0
 
-    def failed(self) -> list[Key]:
+    def failed(self) -> dict[Key, int]:
         """See `Shelf`."""
-        return []
+        return {}
 
     def check(self) -> list[str]:
         """See `Shelf`."""

@@ -752,7 +752,8 @@ class KvStore:
         """
         failed = self._shelf.failed()
         with self._lock:
-            largest = max(map(self._ledger.size, failed), default=0)
+            # Who read it meanwhile, and found it lost, took it off the ledger.
+            largest = max((max(lacking, self._ledger.size(key)) for key, lacking in failed.items()), default=0)
             for key in failed:
                 self._ledger.forget(key)
             victims = self._ledger.give_up(largest)

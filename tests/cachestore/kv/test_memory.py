@@ -50,7 +50,7 @@ class WrongShelf(MemoryShelf):
         self.stalled: set[int] = set()
         self.never: list[_Never] = []
         self.full = False
-        self.unwritten: list[Key] = []
+        self.unwritten: dict[Key, int] = {}
 
     def fetch(self, blob: Blob) -> Ticket:
         if blob.index in self.stalled:
@@ -61,8 +61,8 @@ class WrongShelf(MemoryShelf):
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         return not self.full and super().put(key, blobs)
 
-    def failed(self) -> list[Key]:
-        failed, self.unwritten = self.unwritten, []
+    def failed(self) -> dict[Key, int]:
+        failed, self.unwritten = self.unwritten, {}
         return failed
 
     def blob(self, wanted: Chunk, index: int) -> Tensor:
@@ -201,10 +201,15 @@ def test_no_room_is_a_miss(store: KvStore, shelf: WrongShelf) -> None:
     store.close()
 
 
-def test_a_failed_write_makes_room(store: KvStore, shelf: WrongShelf) -> None:
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_failed_write_makes_room(store: KvStore, shelf: WrongShelf, noticed: bool) -> None:
     old, new = chunk(11), chunk(12)
     stored(store, old, new)
-    shelf.unwritten = [shelf.key(new)]
+    failed = shelf.key(new)
+    if noticed:  # by a reader, before it is told
+        shelf.drop(failed, 9)
+        assert loaded(store, new) == [None]
+    shelf.unwritten = {failed: 1}
     stored(store, chunk(13))
     assert [kv is not None for kv in loaded(store, old, new, chunk(13))] == [False, False, True]
     assert store.check() == []
