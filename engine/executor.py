@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachestore.kv.threads import keep_helpers_apart
+from cachestore.kv.threads import helpers_apart
 from engine.attention import AttentionBackend, KvPool, Packed
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
@@ -69,7 +69,7 @@ class Executor:
         Raises RuntimeError or torch.OutOfMemoryError where the memory cannot be had.
         """
         config = checkpoint.config
-        self._threads, self._per_token = Threads(threads, apart=keep_helpers_apart), _multiply_adds(config)
+        self._threads, self._per_token = Threads(threads, apart=helpers_apart), _multiply_adds(config)
         self._checkpoint, self._model, self._backend = checkpoint, checkpoint.model, backend
         # One block is nobody's: captured steps let their padding write there.
         self._pool = KvPool(

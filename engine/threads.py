@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 _SPINS = 30_000
@@ -60,9 +60,9 @@ class Threads:
         clock: Callable[[], float] = time.monotonic,
         delay: Callable[[], float] = delayed,
         unused: Callable[[], float] = idle,
-        apart: Callable[[], None] = lambda: None,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`apart` is called before every step that several compute: see `cachestore.kv.threads`."""
+        """`apart` surrounds every step that several compute: see `cachestore.kv.threads.helpers_apart`."""
         self._most, self._clock, self._delay, self._unused, self._apart = most, clock, delay, unused, apart
         self._now, self._crowded = most, most
         """How many compute, and the last number that was too many."""
@@ -76,9 +76,8 @@ class Threads:
         began, before, unused = self._clock(), self._delay(), self._unused()
         if self._now < self._most and began >= self._again:
             self._change(self._now + 1, began)
-        if self._now > 1:
-            self._apart()
-        yield self._now
+        with self._apart() if self._now > 1 else nullcontext():
+            yield self._now
         ended = self._clock()
         self._stood += self._delay() - before
         self._idle += self._unused() - unused

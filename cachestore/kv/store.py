@@ -25,7 +25,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import Empty, Queue
@@ -49,7 +48,7 @@ from cachestore.kv.format import (
 )
 from cachestore.kv.ledger import Key, Ledger
 from cachestore.kv.shelf import Blob, Shelf, Ticket, Tier
-from cachestore.kv.threads import Workers, alone, step_back
+from cachestore.kv.threads import step_back
 
 _log = logging.getLogger("hitpath.kv")
 _IDLE = 1.0
@@ -220,7 +219,6 @@ class _Piece:
         self.lost: Lost | None = None
         self.tier = Tier.MEMORY
         self.reading = self.decoding = 0.0
-        self._ahead: dict[int, Future[Tensor]] = {}
         self._at, self._kv = -1, torch.empty(0)
 
     def layer(self, layer: int) -> Tensor | None:
@@ -229,24 +227,12 @@ class _Piece:
             self._take(part)
         return None if self.lost is not None else self._kv[layer - self.head.parts[self._at].form.first]
 
-    def ahead(self, layer: int, executor: Workers) -> None:
-        """Begin to decode the part of a layer that will be asked for, if its bytes have come."""
-        if self.lost is not None or layer > self._last():
-            return
-        part = self._part(layer)
-        ticket = self.tickets[part]
-        if part != self._at and part not in self._ahead and ticket is not None and ticket.done():
-            self._ahead[part] = executor.submit(self._decode, ticket, self.head.parts[part])
-
     def done(self) -> bool:
         """Whether all that is still to come has come."""
         return all(ticket is None or ticket.done() for ticket in self.tickets)
 
     def close(self) -> None:
         """Let go of everything."""
-        for future in self._ahead.values():
-            if not future.cancel():
-                future.exception()  # waits: the bytes must not be given back while they are read
         for index, ticket in enumerate(self.tickets):
             if ticket is not None:
                 ticket.release()
@@ -264,11 +250,7 @@ class _Piece:
             self.lost = Lost.LATE
             return
         try:
-            future = self._ahead.pop(part, None)
-            if future is None or future.cancel():
-                self._kv = self._decode(ticket, self.head.parts[part])
-            else:
-                self._kv = future.result()
+            self._kv = self._decode(ticket, self.head.parts[part])
             self._at, self.tier = part, max(self.tier, ticket.tier, key=list(Tier).index)
         except _Gone:
             self.lost = Lost.ABSENT
@@ -290,10 +272,6 @@ class _Piece:
     def _part(self, layer: int) -> int:
         return layer // self.head.parts[0].form.layers
 
-    def _last(self) -> int:
-        form = self.head.parts[-1].form
-        return form.first + form.layers - 1
-
 
 class _Gone(Exception):
     """A part is not there."""
@@ -302,8 +280,8 @@ class _Gone(Exception):
 class Load:
     """Chunks on their way, layer by layer. Ends with `complete_load`."""
 
-    def __init__(self, layers: int, pieces: list[_Piece | None], executor: Workers) -> None:
-        self._layers, self.pieces, self._executor = layers, pieces, executor
+    def __init__(self, layers: int, pieces: list[_Piece | None]) -> None:
+        self._layers, self.pieces = layers, pieces
         self.consumed = False
         """Whether every layer was asked for."""
 
@@ -324,21 +302,12 @@ class Load:
     def layers(self) -> Iterator[list[Tensor | None]]:
         """One list a layer: for every wanted chunk, in the lookup's order, [2, tokens, kv_heads, head_dim] or None.
 
-        Waits for bytes that have not come, up to the store's patience. While a layer is used, the next is decoded.
+        Waits for bytes that have not come, up to the store's patience.
         """
-        self._executor.apart()
         for layer in range(self._layers):
-            # The decoder begins with the first chunk, the calling thread with the last: they meet somewhere.
-            self._ahead(layer)
-            row = [None if piece is None else piece.layer(layer) for piece in reversed(self.pieces)][::-1]
-            self._ahead(layer + 1)
+            row = [None if piece is None else piece.layer(layer) for piece in self.pieces]
             self.consumed = layer == self._layers - 1
             yield row
-
-    def _ahead(self, layer: int) -> None:
-        for piece in self.pieces:
-            if piece is not None:
-                piece.ahead(layer, self._executor)
 
     def whole(self) -> list[Tensor | None]:
         """All layers at once: [layers, 2, tokens, kv_heads, head_dim] or None for every wanted chunk."""
@@ -399,7 +368,6 @@ class KvStore:
             self._enter(kept.key, kept.size)
         self._inherited = {kept.key: kept.head for kept in inherited if kept.key in self._ledger}
         """What an earlier process left and `recall` has not told: by key, the bytes of its head."""
-        self._decoder = Workers(1, "kv-decode", alone)
         self._orders: Queue[_Order | Key | None] = Queue()
         self._writer = threading.Thread(target=self._write, name="kv-write", daemon=True)
         self._writer.start()
@@ -434,7 +402,7 @@ class KvStore:
                     piece.tickets[part] = self._shelf.fetch(Blob(piece.key, part + 1, size))
         with self._lock:
             self._loads += 1
-        return Load(self.geometry.layers, pieces, self._decoder)
+        return Load(self.geometry.layers, pieces)
 
     def complete_load(self, load: Load) -> None:
         """The load is over, used or not. Exactly once."""
@@ -553,7 +521,6 @@ class KvStore:
         self._writer.join()  # for the one chunk that it has in hand: the shelf must not go from under it
         if not self._orders.unfinished_tasks:
             self.flush(timeout)
-        self._decoder.shutdown()
         self._shelf.close()
 
     # -- within

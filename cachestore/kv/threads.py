@@ -9,14 +9,17 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
 _NICE = 10
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 _LIBC = ctypes.CDLL(None)
 
 
@@ -34,6 +37,13 @@ def step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
+def _core() -> int:
+    """The one that the calling thread is on; none where the system does not tell."""
+    with suppress(AttributeError):
+        return int(_LIBC.sched_getcpu())
+    return -1
+
+
 def keep_apart(helpers: Iterable[int]) -> None:
     """From now on these threads, by their native ids, use all cores but the one that the calling one is on.
 
@@ -41,28 +51,40 @@ def keep_apart(helpers: Iterable[int]) -> None:
     """
     with suppress(OSError, AttributeError):
         allowed = os.sched_getaffinity(0)
-        elsewhere = allowed - {_LIBC.sched_getcpu()}
+        elsewhere = allowed - {_core()}
         for helper in helpers if elsewhere else ():
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(helper, elsewhere)
 
 
-def keep_helpers_apart() -> None:
-    """The same for those that OpenMP started: the threads of this process that Python does not know.
+@contextmanager
+def helpers_apart() -> Iterator[None]:
+    """While this lasts the calling thread stays on its core, and those that OpenMP started for it on the others.
 
-    Others that it does not know lose no more than one core.
+    Those are the threads of this process that Python does not know; others among them lose no more than this core.
     """
-    with suppress(OSError):
+    before: set[int] = set()
+    with suppress(OSError, AttributeError):
         known = {thread.native_id for thread in threading.enumerate()}
         keep_apart({int(task.name) for task in Path("/proc/self/task").iterdir()} - known)
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {_core()} & before or before)
+    try:
+        yield
+    finally:
+        if before:
+            with suppress(OSError):  # cores that were taken away meanwhile
+                os.sched_setaffinity(0, before)
 
 
 class Workers(ThreadPoolExecutor):
-    """A pool whose threads wake on another core than the one that has work for them."""
+    """A pool whose threads wake on another core than the one that has work for them, and goes on with its own."""
 
     def __init__(self, count: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
         """`begin` is called on each of its threads first."""
         self._ids: list[int] = []
+        self._apart = (-1, 0)
+        """From which core, and how many of them."""
 
         def began() -> None:
             self._ids.append(threading.get_native_id())
@@ -70,6 +92,9 @@ class Workers(ThreadPoolExecutor):
 
         super().__init__(count, name, initializer=began)
 
-    def apart(self) -> None:
-        """Whoever submits work next goes on with work of its own meanwhile."""
-        keep_apart(self._ids)
+    def submit(self, work: Callable[_Given, _Made], /, *given: _Given.args, **named: _Given.kwargs) -> Future[_Made]:
+        """See `Executor`."""
+        if self._apart != (here := (_core(), len(self._ids))):
+            keep_apart(self._ids)
+            self._apart = here
+        return super().submit(work, *given, **named)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from cachestore.kv import Chunk, Found, KvStore, Lookup, Tier
 from cachestore.kv.controller import Plan, Source, Wanted
-from cachestore.kv.threads import Workers
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.known import Text
 from engine.reuse.writing import Noted, read_note
@@ -54,7 +54,7 @@ class Fetch:
         orders: Sequence[Order],
         plan: Planner,
         *,
-        executor: Workers,
+        executor: ThreadPoolExecutor,
         changed: Callable[[], None],
         device: torch.device,
         patience: float,
@@ -73,7 +73,6 @@ class Fetch:
         """Share of the loaded tokens that can be computed again while they are loaded."""
         self.planned = self.over = self._closed = False
         lookup = store.lookup([version for order in orders for version in order.versions])
-        executor.apart()
         executor.submit(self._run, lookup)
 
     def note(self, index: int) -> Noted | None:

@@ -44,6 +44,8 @@ _READERS = 4
 """Requests whose chunks are fetched at the same time."""
 _RECALLED = 16
 """Heads read at a time when an earlier process's chunks are looked through."""
+_MOMENT = 0.002
+"""Seconds in which the event loop sends a first token: it shares the interpreter, maybe a core, with what follows."""
 _CHECKING = 0.01
 """Share of the time that may go into checking the books: it takes longer the more chunks there are. A check that comes
 too soon is left out; the next prompt brings another."""
@@ -140,6 +142,8 @@ class Library:
 
     def told(self, pool: KvPool) -> None:
         """See `engine.runner.Library`."""
+        if self._keeping:
+            time.sleep(_MOMENT)
         while self._keeping:
             try:
                 self._take_in(self._keeping.pop(0), pool)
