@@ -71,6 +71,8 @@ _LULL = 2.0
 """Seconds without any write under way after which what was never reported counts as failed."""
 _READERS = 4
 """Threads that bring what is not in memory."""
+_STALLED = 1.0
+"""Seconds after which a read may never end; while all readers are at such, nobody waits for another."""
 _BROUGHT = "brought"
 """Tag of what they stage."""
 
@@ -133,6 +135,9 @@ class LmcacheShelf:
         """Have an object brought, unless it is under way."""
         with self._lock:
             flight = self._flights.get(name)
+            if flight is None and self._stalled():
+                ticket.flight = _Flight(grounded=True)
+                return
             if begun := flight is None:
                 flight = self._flights[name] = _Flight()
             flight.tickets.append(ticket)
@@ -140,8 +145,14 @@ class LmcacheShelf:
         if begun:
             self._readers.submit(self._bring, name, blob, flight)
 
+    def _stalled(self) -> bool:
+        """Whether no reader is left that anything could be expected of."""
+        since = time.monotonic() - _STALLED
+        return sum(flight.began is not None and flight.began < since for flight in self._flights.values()) >= _READERS
+
     def _bring(self, name: Any, blob: Blob, flight: _Flight) -> None:
         """On a thread of its own: an object into memory, and to all who wait for it."""
+        flight.began = time.monotonic()
         tier = None
         try:
             tier = self._read(name, blob)
@@ -313,7 +324,10 @@ class LmcacheShelf:
 class _Flight:
     """An object on its way into memory, and all who wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, grounded: bool = False) -> None:
+        self.grounded = grounded
+        """It never begins: there is no use in waiting."""
+        self.began: float | None = None
         self.tickets: list[_Fetch] = []
         self.over = threading.Event()
 
@@ -340,7 +354,7 @@ class _Fetch:
             return self._object is not None
 
     def done(self, timeout: float = 0.0) -> bool:
-        if self.flight is not None and self.flight.over.wait(timeout):
+        if self.flight is not None and not self.flight.grounded and self.flight.over.wait(timeout):
             self.flight = None
         return self.flight is None
 

@@ -321,6 +321,40 @@ def test_a_read_that_fails_and_one_that_hangs(tmp_path: Path) -> None:
     store.close()
 
 
+def test_while_all_reads_hang_nobody_waits_for_another(tmp_path: Path) -> None:
+    store = opened(Tiers(MEMORY, tmp_path), patience=0.3)
+    sound, *hanging = (chunk(seed, LONG) for seed in range(50, 55))
+    stored(store, sound, *hanging)
+    forget_memory(store)
+    fifos = []
+    for one in hanging:
+        [fifo] = tmp_path.glob(f"*/*@0@{one.name(GEOMETRY).hex()}@*")
+        fifo.unlink()
+        os.mkfifo(fifo)
+        fifos.append(fifo)
+    shelf, until = shelf_of(store), time.monotonic() + 10
+    try:
+        lookup = store.lookup(hanging)
+        assert not lookup.wait(0.3)
+        store.complete_load(store.prepare_load(lookup))
+        while not shelf._stalled():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        lookup = store.lookup([sound])
+        assert not lookup.wait(1000.0)
+        store.complete_load(store.prepare_load(lookup))
+        assert len(shelf._flights) == 4, "nothing is queued behind them"
+    finally:
+        for fifo in fifos:
+            with fifo.open("wb"):
+                pass
+    while shelf._flights:
+        assert time.monotonic() < until
+    assert loaded(store, sound) != [None], "it was late, not lost"
+    assert store.check() == []
+    store.close()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes."""
