@@ -98,11 +98,13 @@ class ChatTokenizer:
         return self._encoded(text, special=False)
 
     def _encoded(self, text: str, *, special: bool) -> tuple[list[int], Offsets]:
-        # A batch of one: `encode` keeps all other threads from the interpreter while it works.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        ids = encoding.ids
-        if self._pieces is not None and (found := _offsets(text, [self._pieces[id_] for id_ in ids])) is not None:
-            return ids, found
+        # Batches of one: `encode` keeps all other threads from the interpreter while it works.
+        added = special and self._tokenizer.num_special_tokens_to_add(False)
+        if self._pieces is not None and not added:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+            ids = encoding.ids
+            if (found := _offsets(text, [self._pieces[id_] for id_ in ids])) is not None:
+                return ids, found
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
         return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
 

@@ -66,9 +66,10 @@ def helpers_apart() -> Iterator[None]:
     before: set[int] = set()
     with suppress(OSError, AttributeError):
         known = {thread.native_id for thread in threading.enumerate()}
-        keep_apart({int(task.name) for task in Path("/proc/self/task").iterdir()} - known)
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {_core()} & before or before)
+        if helpers := {int(task.name) for task in Path("/proc/self/task").iterdir()} - known:
+            keep_apart(helpers)
+            before = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {_core()} & before or before)
     try:
         yield
     finally:
