@@ -146,9 +146,11 @@ class Library:
             time.sleep(_MOMENT)
         while self._keeping:
             try:
-                self._take_in(self._keeping.pop(0), pool)
+                self._take_in(self._keeping[0], pool)
             except Exception:  # nobody waits for it
                 _log.exception("a chunk could not be kept")
+            finally:
+                del self._keeping[0]
 
     def idle(self) -> bool:
         """Do a piece of what waits for such a moment; whether there was any. Only on the worker's thread."""
@@ -192,7 +194,7 @@ class Library:
             recomputed=counts.recomputed,
             refined=counts.refined,
             known=len(self.known),
-            waiting=len(self.idle_jobs),
+            waiting=len(self._keeping) + len(self.idle_jobs),
             check_failures=counts.failures,
         )
 

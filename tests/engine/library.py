@@ -82,7 +82,7 @@ class Rig:
     def settled(self, done: Callable[[], bool] = lambda: True) -> None:
         """Wait until what goes on behind the answers is over, and `done`."""
         until = time.monotonic() + 20
-        while not done() or len(self.library.idle_jobs) or not self.library.store.flush(5):
+        while not done() or self.library.figures().waiting or not self.library.store.flush(5):
             assert time.monotonic() < until
             time.sleep(0.005)
 

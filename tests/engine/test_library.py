@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from cachestore.kv import Geometry, Happening, Key, KvStore, Lost, Options, Tier
 from cachestore.kv.shelf import Blob, MemoryShelf, Ticket
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reuse.known import ChunkRemoved, ChunkStored
+from engine.runner import Event, Finished, Job
+from engine.sampling import SamplingParams
 from tests.engine import checkpoints
 from tests.engine.library import Rig, document, folder, prompt_of, rig
 
@@ -197,6 +200,24 @@ def test_when_there_is_time_chunks_are_refined(checkpoint: Checkpoint, stored: s
         assert answer.prompted.used.recomputed == round(0.15 * (len(ONE) + len(TWO)))
         made.settled()
         assert made.library.figures().refined == 2
+
+
+def test_who_has_an_answer_sees_that_its_texts_are_still_to_be_kept(checkpoint: Checkpoint) -> None:
+    prompt, spans = prompt_of(ONE, TWO)
+    waiting: list[int] = []
+    with rig(checkpoint, stored="mean") as made:
+        over = threading.Event()
+
+        def heard(event: Event) -> None:
+            if isinstance(event, Finished):
+                waiting.append(made.library.figures().waiting)
+                over.set()
+
+        made.runner.submit([Job(prompt, SamplingParams(max_tokens=1), heard, spans=spans)])
+        assert over.wait(20)
+        made.settled()
+        assert made.library.figures().refined == 2
+    assert waiting == [2]
 
 
 def test_checks_switch_reuse_off_when_it_loses_too_much(checkpoint: Checkpoint) -> None:
