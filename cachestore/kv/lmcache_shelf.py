@@ -26,12 +26,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cachestore.kv.crew import Crew
 from cachestore.kv.file_blobs import UNFINISHED, FileBlobs
 from cachestore.kv.ledger import Key
 from cachestore.kv.redis_blobs import RedisBlobs
@@ -69,10 +71,10 @@ _TRIES, _PAUSE = 20, 0.05
 """How often, and with how many seconds between, room in memory is asked for while LMCache evicts."""
 _LULL = 2.0
 """Seconds without any write under way after which what was never reported counts as failed."""
-_READERS = 4
-"""Threads that bring what is not in memory."""
+_READERS, _MOST_READERS = 4, 16
+"""Threads that bring what is not in memory, and those of them that may hang for ever."""
 _STALLED = 1.0
-"""Seconds after which a read may never end; while all readers are at such, nobody waits for another."""
+"""Seconds after which a read may never end: nobody else waits for it, and another thread takes its reader's place."""
 _BROUGHT = "brought"
 """Tag of what they stage."""
 
@@ -95,7 +97,7 @@ class LmcacheShelf:
         self._lull: float | None = None
         self._flights: dict[Any, _Flight] = {}
         """By object: what is bringing it."""
-        self._readers = ThreadPoolExecutor(_READERS, "kv-read")
+        self._readers = Crew(_READERS, "kv-read", slow=_STALLED, most=_MOST_READERS)
         self._directory: Path | None = None
         self._held: DirectoryLock | None = None
         self._slower: dict[Tier, _Config] = {}
@@ -132,10 +134,10 @@ class LmcacheShelf:
         return ticket
 
     def _fly(self, name: Any, blob: Blob, ticket: _Fetch) -> None:
-        """Have an object brought, unless it is under way."""
+        """Have an object brought, unless it is under way, or nothing could be expected of that."""
         with self._lock:
             flight = self._flights.get(name)
-            if flight is None and self._stalled():
+            if self._readers.stuck() if flight is None else flight.stalled():
                 ticket.flight = _Flight(grounded=True)
                 return
             if begun := flight is None:
@@ -143,12 +145,16 @@ class LmcacheShelf:
             flight.tickets.append(ticket)
             ticket.flight = flight
         if begun:
-            self._readers.submit(self._bring, name, blob, flight)
+            self._readers.submit(partial(self._bring, name, blob, flight))
 
-    def _stalled(self) -> bool:
-        """Whether no reader is left that anything could be expected of."""
-        since = time.monotonic() - _STALLED
-        return sum(flight.began is not None and flight.began < since for flight in self._flights.values()) >= _READERS
+    def wait(self, flight: _Flight, timeout: float) -> bool:
+        """Whether it is over within so many seconds."""
+        if flight.over.wait(min(timeout, _STALLED)):
+            return True
+        if timeout <= _STALLED:
+            return False
+        self._readers.relieve()  # or what waits behind hanging ones would wait until somebody wants something else
+        return flight.over.wait(timeout - _STALLED)
 
     def _bring(self, name: Any, blob: Blob, flight: _Flight) -> None:
         """On a thread of its own: an object into memory, and to all who wait for it."""
@@ -267,8 +273,10 @@ class LmcacheShelf:
 
     def close(self) -> None:
         """See `Shelf`."""
-        self._readers.shutdown(cancel_futures=True)
-        self.manager.close()
+        if self._readers.close():
+            self.manager.close()
+        else:  # its memory may still be read into
+            _log.warning("reads of stored chunks hang; their memory is given back when the process ends")
         if self._held is not None:
             self._held.release()
 
@@ -331,6 +339,10 @@ class _Flight:
         self.tickets: list[_Fetch] = []
         self.over = threading.Event()
 
+    def stalled(self) -> bool:
+        """Whether it may never be over."""
+        return self.began is not None and self.began < time.monotonic() - _STALLED
+
 
 class _Fetch:
     """A ticket: one object, locked in memory from when it is there until it is released."""
@@ -354,7 +366,7 @@ class _Fetch:
             return self._object is not None
 
     def done(self, timeout: float = 0.0) -> bool:
-        if self.flight is not None and not self.flight.grounded and self.flight.over.wait(timeout):
+        if self.flight is not None and not self.flight.grounded and self._shelf.wait(self.flight, timeout):
             self.flight = None
         return self.flight is None
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cachestore.errors import StoreLocked
-from cachestore.kv.format import Geometry
+from cachestore.kv.format import Chunk, Geometry
 from cachestore.kv.shelf import Shelf, Tier, Tiers
 from cachestore.kv.store import Gone, Happening, Kept, KvStore, Lost, Options
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, stored
@@ -321,38 +321,57 @@ def test_a_read_that_fails_and_one_that_hangs(tmp_path: Path) -> None:
     store.close()
 
 
-def test_while_all_reads_hang_nobody_waits_for_another(tmp_path: Path) -> None:
-    store = opened(Tiers(MEMORY, tmp_path), patience=0.3)
-    sound, *hanging = (chunk(seed, LONG) for seed in range(50, 55))
-    stored(store, sound, *hanging)
-    forget_memory(store)
-    fifos = []
-    for one in hanging:
-        [fifo] = tmp_path.glob(f"*/*@0@{one.name(GEOMETRY).hex()}@*")
+def hang(directory: Path, *chunks: Chunk) -> list[Path]:
+    """Their heads' files become pipes that nobody writes to."""
+    fifos = [fifo for one in chunks for fifo in directory.glob(f"*/*@0@{one.name(GEOMETRY).hex()}@*")]
+    for fifo in fifos:
         fifo.unlink()
         os.mkfifo(fifo)
-        fifos.append(fifo)
-    shelf, until = shelf_of(store), time.monotonic() + 10
+    return fifos
+
+
+def test_reads_that_hang_keep_nobody_from_reading(tmp_path: Path) -> None:
+    store = opened(Tiers(MEMORY, tmp_path), patience=0.3)
+    sound, *hanging = (chunk(seed, LONG) for seed in range(50, 56))
+    stored(store, sound, *hanging)
+    forget_memory(store)
+    fifos = hang(tmp_path, *hanging)
     try:
         lookup = store.lookup(hanging)
-        assert not lookup.wait(0.3)
+        assert not lookup.wait(1.1)
         store.complete_load(store.prepare_load(lookup))
-        while not shelf._stalled():
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        lookup = store.lookup([sound])
-        assert not lookup.wait(1000.0)
+        lookup = store.lookup([hanging[0]])
+        assert not lookup.wait(1000.0), "nobody waits for it again"
         store.complete_load(store.prepare_load(lookup))
-        assert len(shelf._flights) == 4, "nothing is queued behind them"
+        assert loaded(store, sound) != [None]
     finally:
         for fifo in fifos:
             with fifo.open("wb"):
                 pass
-    while shelf._flights:
+    until = time.monotonic() + 10
+    while shelf_of(store)._flights:
         assert time.monotonic() < until
-    assert loaded(store, sound) != [None], "it was late, not lost"
+        time.sleep(0.01)
     assert store.check() == []
     store.close()
+
+
+def test_a_read_that_hangs_keeps_no_process_from_ending(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys, time\n"
+        "from tests.cachestore.kv.samples import LONG, chunk, stored\n"
+        "from tests.cachestore.kv.test_lmcache import MEMORY, Tiers, forget_memory, hang, opened\n"
+        "directory = pathlib.Path(sys.argv[1])\n"
+        "store = opened(Tiers(MEMORY, directory), patience=0.3)\n"
+        "stored(store, chunk(1, LONG))\n"
+        "forget_memory(store)\n"
+        "hang(directory, chunk(1, LONG))\n"
+        "lookup = store.lookup([chunk(1, LONG)])\n"
+        "assert not lookup.wait(0.3)\n"
+        "store.complete_load(store.prepare_load(lookup))\n"
+        "store.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
 
 
 @pytest.fixture
