@@ -1,14 +1,16 @@
 """Train the pair model: `python -m loadtest.training.judge [--out DIR] [--cache DIR] [--steps N]`.
 
-Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes two cores for three quarters
-of an hour: two runs at a time, of one thread each, since two threads that wait for each other took longer. Run it with
+Writes the int8 graph, the head and the model card beside `gateway/judge/load.py`. It takes two cores for not quite an
+hour: two runs at a time, of one thread each, since two threads that wait for each other took longer. Run it with
 `MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000`, or a third of the time goes into giving memory
 back. `--keep FILE` lets a run that was stopped go on.
 
 1. Every pair set of the measurement data is split by group; the held-out part is never trained on.
 2. `judge_net.PairNet` starts from the embedder's weights and sees each epoch another mix of real and edited pairs
    (`judge_data`). The rate rises, stays, and falls to nothing in the last part; what is kept is the mean over the last
-   few hundred steps. Six such runs differ only in the order and the mix of pairs, and their weights are averaged.
+   few hundred steps. Six such runs differ only in the order and the mix of pairs, and their weights are averaged. From
+   there four short ones go on, with more of the sets whose like pairs are hardest to tell; a third of what ships is
+   their mean, two thirds the first.
 3. The net is written as an int8 graph (`judge_export`), and from here on only that graph is asked.
 4. The head is fitted to its logits on the held-out part; the card's figures are of heads fitted to four fifths of it
    and asked about the fifth.
@@ -22,9 +24,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -45,33 +47,51 @@ from gateway.judge.pairs import Row, row
 from loadtest.data import data_dir
 from loadtest.training import judge_calibrate as calibrate
 from loadtest.training import judge_export as export
-from loadtest.training.judge_data import NOISY, Sample, derived, epoch, read_sets, split
+from loadtest.training.judge_data import NOISY, SHARES, Sample, derived, epoch, read_sets, split
 from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
 
 SEED = 1
-SEEDS = (1, 2, 3, 4, 5, 6)
-"""Of the runs that are averaged ("Model soups", Wortsman et al., arXiv 2203.05482): from one start, in orders of their
-own. One net to ask, and less of what chance does to each."""
-STEPS = 2200
-"""About an epoch and a quarter."""
-RATE = 1e-4
-WARM_UP = 150
-"""Steps."""
 FALL = 0.45
-"""Last part of the run, in which the rate falls."""
+"""Last part of a run, in which the rate falls."""
 BATCH_TOKENS = 1280
 SMOOTHING = 0.05
 DECAY = 0.01
-AVERAGE = 0.998
-"""Of the running mean of the weights."""
 RANGE_PAIRS = 400
 KEEP = 300
 """Steps after which a run can go on."""
 
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Runs that begin alike, in orders of their own, and whose weights are averaged.
+
+    ("Model soups", Wortsman et al., arXiv 2203.05482.) One net to ask, and less of what chance does to each.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    rate: float
+    warm_up: int
+    """Steps in which the rate rises."""
+    average: float
+    """Of the running mean of the weights."""
+    shares: Mapping[str, float]
+    """How often a row of a set is seen in an epoch."""
+
+
+FIRST = Round((1, 2, 3, 4, 5, 6), 2200, 1e-4, 150, 0.998, SHARES)
+"""About an epoch and a quarter each."""
+SECOND = Round(
+    (11, 12, 13, 14), 900, 3e-5, 50, 0.99, {**SHARES, "covidq_pairs": 3, "gsmplus": 2, "mqp_medical": 4, "qqp": 3}
+)
+"""Not quite a quarter of an epoch of its own."""
+
 Mix = tuple[Sequence[Sample], Sequence[Sample]]
 """Pairs to learn from, and those that follow from them."""
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Weights = Mapping[str, Tensor]
+Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +140,13 @@ def tensors(rows: Sequence[Row], tokens: int) -> Inputs:
     return torch.from_numpy(ids), torch.from_numpy(marks), torch.from_numpy(second), torch.from_numpy(inside)
 
 
-def rate(done: float, step: int) -> float:
-    """The learning rate after a part of the run and a number of steps."""
-    return RATE * min(1.0, step / WARM_UP) * min(1.0, max(0.0, 1 - done) / FALL)
+def rate(given: Round, step: int) -> float:
+    """The learning rate at a step, from 1 on."""
+    return given.rate * min(1.0, step / given.warm_up) * min(1.0, max(0.0, 1 - step / given.steps) / FALL)
 
 
 def train(
-    net: PairNet, learn: Mix, tokens: Tokens, steps: int, seed: int, keep: Path | None = None, every: int = KEEP
+    net: PairNet, learn: Mix, tokens: Tokens, given: Round, seed: int, keep: Path | None = None, every: int = KEEP
 ) -> tuple[dict[str, Tensor], float]:
     """Train in place; returns the averaged weights and the processor's minutes. Prints how far it is.
 
@@ -146,10 +166,10 @@ def train(
         average, behind = known["average"], known["step"]
         used += known["used"]
     started = time.monotonic()
-    plan = _plan(learn, tokens, random.Random(seed))
-    for step, batch in enumerate(islice(plan, behind, steps), behind + 1):
+    plan = _plan(learn, tokens, random.Random(seed), given.shares)
+    for step, batch in enumerate(islice(plan, behind, given.steps), behind + 1):
         for group in optimiser.param_groups:
-            group["lr"] = rate(step / steps, step)
+            group["lr"] = rate(given, step)
         inputs, wanted = batch()
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(*inputs)
@@ -158,10 +178,10 @@ def train(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        _blend(average, net, min(AVERAGE, (1 + step) / (10 + step)))
+        _blend(average, net, min(given.average, (1 + step) / (10 + step)))
         if step % 200 == 0:
             print(
-                f"run {seed}: step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}",
+                f"run {seed}: step {step} of {given.steps}, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}",
                 flush=True,
             )
         if keep is not None and step % every == 0:
@@ -170,10 +190,12 @@ def train(
     return average, (used + time.process_time()) / 60
 
 
-def _plan(learn: Mix, tokens: Tokens, chance: random.Random) -> Iterator[Callable[[], tuple[Inputs, Tensor]]]:
+def _plan(
+    learn: Mix, tokens: Tokens, chance: random.Random, shares: Mapping[str, float]
+) -> Iterator[Callable[[], tuple[Inputs, Tensor]]]:
     """What makes the batches, epoch after epoch without end."""
     while True:
-        mix = epoch(*learn, chance)
+        mix = epoch(*learn, chance, shares)
         rows = [row(tokens(sample.a), tokens(sample.b), tokens.start, tokens.end) for sample in mix]
         for batch in batches([len(item.ids) for item in rows], chance):
             yield partial(_filled, mix, rows, batch)
@@ -190,7 +212,7 @@ def _optimiser(net: PairNet) -> torch.optim.AdamW:
         {"params": [item for item in parameters if item.ndim > 1], "weight_decay": DECAY},
         {"params": [item for item in parameters if item.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=FIRST.rate, betas=(0.9, 0.98), fused=True)
 
 
 def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
@@ -199,32 +221,45 @@ def _blend(average: dict[str, Tensor], net: PairNet, keep: float) -> None:
         torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - keep)
 
 
-def started(weights: dict[str, Tensor]) -> PairNet:
+def started(weights: Weights) -> PairNet:
     """What every run begins with."""
     torch.manual_seed(SEED)
     return PairNet.start(weights)
 
 
-def averaged(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def averaged(runs: Sequence[Weights]) -> dict[str, Tensor]:
     """Of the same tensors of several runs."""
     return {name: torch.stack([run[name].float() for run in runs]).mean(0) for name in runs[0]}
 
 
 def trained(steps: int, keep: Path | None = None) -> tuple[dict[str, Tensor], float]:
-    """All runs, as many at a time as there are cores: their averaged weights, and the processor's minutes of all."""
-    with ProcessPoolExecutor(min(len(SEEDS), usable_cores()), mp_context=get_context("spawn")) as pool:
-        runs = list(pool.map(partial(_run, steps, keep), SEEDS))
+    """Both rounds, the first of so many steps: two parts of its mean to one of the second's, and the processor's
+    minutes of all."""
+    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
+        first, minutes = _round(pool, replace(FIRST, steps=steps), None, keep)
+        second, more = _round(pool, SECOND, first, keep)
+    return averaged([first, first, second]), minutes + more
+
+
+def _round(
+    pool: ProcessPoolExecutor, given: Round, begin: Weights | None, keep: Path | None
+) -> tuple[dict[str, Tensor], float]:
+    """As many runs at a time as there are cores: the mean of all, and the processor's minutes."""
+    sent = None if begin is None else {name: value.numpy() for name, value in begin.items()}
+    runs = list(pool.map(partial(_run, given, sent, keep), given.seeds))
     return averaged([{k: torch.from_numpy(v) for k, v in run.items()} for run, _ in runs]), sum(m for _, m in runs)
 
 
-def _run(steps: int, keep: Path | None, seed: int) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """One run, in a process of its own."""
+def _run(given: Round, begin: Arrays | None, keep: Path | None, seed: int) -> tuple[Arrays, float]:
+    """One run, in a process of its own, from the embedder's weights or those it is given."""
     samples = read_sets(data_dir() / "pairs")
     learn, _ = split(samples)
     source = find_model()
     kept = None if keep is None else keep.with_name(f"{keep.name}.{seed}")
     net, tokens = started(load_file(source / "model.safetensors")), Tokens(source / "tokenizer.json")
-    average, minutes = train(net, (learn, derived(learn, samples)), tokens, steps, seed, kept)
+    if begin is not None:
+        net.load_state_dict({name: torch.from_numpy(value) for name, value in begin.items()})
+    average, minutes = train(net, (learn, derived(learn, samples)), tokens, given, seed, kept)
     return {name: value.numpy() for name, value in average.items()}, minutes
 
 
@@ -267,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.training.judge", description="Train the pair model.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where graph, head and card are written")
     parser.add_argument("--cache", type=Path, help="data directory whose embedder file is used again")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=FIRST.steps, help="of the first round's runs")
     parser.add_argument("--keep", type=Path, help="file to go on from when the run is stopped")
     parser.add_argument("--save", type=Path, help="keep the float weights here")
     parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")

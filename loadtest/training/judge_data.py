@@ -6,10 +6,11 @@ import hashlib
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 
 from loadtest.data import read_rows, text_field
 from loadtest.training import judge_edits as edits
@@ -141,12 +142,17 @@ def derived(samples: Sequence[Sample], all_samples: Sequence[Sample]) -> list[Sa
     return found
 
 
-def epoch(samples: Sequence[Sample], follow: Sequence[Sample], chance: random.Random) -> list[Sample]:
+def epoch(
+    samples: Sequence[Sample],
+    follow: Sequence[Sample],
+    chance: random.Random,
+    shares: Mapping[str, float] = MappingProxyType(SHARES),
+) -> list[Sample]:
     """One epoch's pairs in random order: every set by its share, those that `follow`, and edited pairs."""
     by_set, following = _by_set(samples), _by_set(follow)
     mix: list[Sample] = []
     for name, rows in by_set.items():
-        share = SHARES[name]
+        share = shares[name]
         mix += rows * int(share) + chance.sample(rows, int(len(rows) * (share - int(share))))
         others = following.get(name, [])
         mix += chance.sample(others, min(len(others), int(len(rows) * DERIVED.get(name, 0.0))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from gateway.judge.pairs import TEXT_TOKENS, row
 from loadtest.metrics import reliability
 from loadtest.training import judge_edits as edits
 from loadtest.training import judge_export as export
-from loadtest.training.judge import FALL, RATE, WARM_UP, averaged, batches, rate, started, tensors, train
-from loadtest.training.judge_calibrate import BUDGETS, ENOUGH, Judged, fitted, report
+from loadtest.training.judge import FALL, FIRST, SECOND, averaged, batches, rate, started, tensors, train
+from loadtest.training.judge_calibrate import BUDGETS, ENOUGH, Judged, fitted, points_of, report
 from loadtest.training.judge_data import Sample, derived, epoch, split
 from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
@@ -68,6 +69,13 @@ def test_an_epoch_has_real_and_edited_pairs() -> None:
     assert all(item.a != item.b for item in mix if item.label == 0)
 
 
+def test_a_share_says_how_often_a_row_is_seen() -> None:
+    samples = [sample(f"question {number}", f"answer {number}", 1.0, "mrpc") for number in range(60)]
+    for share, seen in ((0.0, 0), (0.5, 30), (2.0, 120)):
+        mix = epoch(samples, [], random.Random(1), {"mrpc": share})
+        assert sum({item.a, item.b} in [{one.a, one.b} for one in samples] for item in mix) == seen
+
+
 @pytest.mark.parametrize("rule", {*edits.NEGATIVE, *edits.POSITIVE}, ids=lambda rule: rule.__name__)
 def test_a_rule_changes_a_text_or_says_that_it_cannot(rule: edits.Rule) -> None:
     for text in [*TEXTS, "", "word", "12", "a and b", "In May, she was not at home."]:
@@ -99,9 +107,10 @@ def test_batches_take_every_pair_once_and_are_of_like_length() -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    assert rate(0.0, 1) == pytest.approx(RATE / WARM_UP)
-    assert rate(0.1, WARM_UP) == RATE == pytest.approx(rate(1 - FALL, 10_000))
-    assert rate(1.0, 10_000) == 0
+    given = replace(FIRST, steps=10_000)
+    assert rate(given, 1) == pytest.approx(given.rate / given.warm_up)
+    assert rate(given, given.warm_up) == given.rate == pytest.approx(rate(given, int((1 - FALL) * 10_000)))
+    assert rate(given, 10_000) == 0
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +150,7 @@ def test_a_stopped_run_goes_on_where_it_was(tokens: Tokens, tmp_path: Path) -> N
 
     def run(keep: Path, every: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        average, minutes = train(PairNet.start(weights), (samples, []), tokens, 4, 1, keep, every)
+        average, minutes = train(PairNet.start(weights), (samples, []), tokens, replace(FIRST, steps=4), 1, keep, every)
         assert minutes > 0
         return average
 
@@ -155,7 +164,9 @@ def test_a_stopped_run_goes_on_where_it_was(tokens: Tokens, tmp_path: Path) -> N
 def test_runs_begin_alike_and_their_mean_lies_between_them(tokens: Tokens) -> None:
     samples = [sample(TEXTS[number % 4], TEXTS[number % 3], float(number % 2)) for number in range(60)]
     weights = load_file(find_model() / "model.safetensors")
-    first, second = (train(started(weights), (samples, []), tokens, 2, seed)[0] for seed in (1, 2))
+    first, second = (
+        train(started(weights), (samples, []), tokens, replace(SECOND, steps=2), seed)[0] for seed in (1, 2)
+    )
     begun = started(weights).state_dict()
     assert all(torch.equal(value, begun[name]) for name, value in started(weights).state_dict().items())
     assert any(not torch.equal(first[name], second[name]) for name in first)
@@ -191,3 +202,18 @@ def test_calibration_gives_probabilities_and_points() -> None:
     assert sum(item.category == "rare" for item in found) < ENOUGH
     assert head_of(document).point(0.01, "math") >= 0.5
     assert "25 CPU minutes" in card
+
+
+def test_pairs_that_strayed_into_a_category_weigh_there_what_they_weigh_among_all() -> None:
+    def pair(name: str, number: int, label: float, category: str) -> Judged:
+        return Judged(Sample(f"{name}{number}", "b", label, name), 0.0, 0.9, category, False)
+
+    own = [pair("gsmplus", number, 1.0, "math") for number in range(400)]
+    strayed = [pair("paws_x_en", number, 0.0, "math") for number in range(4)]
+    others = [pair("paws_x_en", number, 1.0, "general") for number in range(4, 400)]
+    shares = np.array([0.8] * 400 + [0.9] * 4 + [0.8] * 396)
+    found = points_of([*own, *strayed, *others], shares)
+    at = dict(found["category_points"]["math"])
+    # 4 of 404 that weigh alike are wrong, and half as many again are repetitions.
+    assert (at[0.005], at[0.01]) == (0.9, 0.8)
+    assert dict(points_of(own + strayed, shares[:404])["category_points"]["math"])[0.01] == 1.0
