@@ -22,6 +22,8 @@ import torch
 import zstandard
 from torch import Tensor
 
+from cachestore.kv import native
+
 SINKS = 4
 """First tokens that the rotating codecs keep as they are: attention leans on them, and they are unlike the others."""
 _GROUP = 64
@@ -184,6 +186,9 @@ class Int8:
         signed = reader.take(torch.int8, layers, tokens, heads, dim)
         reader.end()
         kv = torch.empty(form.shape, dtype=form.dtype)
+        if native.ready(kv, step, low, unit):
+            native.decode(kv, (step, low, levels), (unit, signed))
+            return kv
         kv[:, 0] = torch.addcmul(low, levels.to(form.dtype), step).flatten(1, 2)[:, :tokens]
         torch.mul(signed, unit, out=kv[:, 1])
         return kv

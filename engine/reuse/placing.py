@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cachestore.kv import native
 from engine.attention import KvPool, LayerPool
 from engine.reuse.chunks import BlendPrompt, Placed
 from engine.rope import Rope, rotate
@@ -74,7 +75,7 @@ class Placing:
         for index, piece, slots, by in self._pieces:
             part = layers[index][:, piece.offset : piece.offset + piece.count]
             part = part.to(memory.keys.device, non_blocking=True)
-            _write(memory, slots, part[0] if by is None else rotate(part[0].float(), *by), part[1])
+            _write(memory, slots, part[0], by, part[1])
 
 
 def _turn_of(rope: Rope, piece: Placed, span: int) -> Turn | None:
@@ -83,13 +84,21 @@ def _turn_of(rope: Rope, piece: Placed, span: int) -> Turn | None:
     return turn(rope, piece.count, piece.offset, piece.start, spans)
 
 
-def _write(memory: LayerPool, slots: Tensor | slice, keys: Tensor, values: Tensor) -> None:
-    """Put keys and values [T, K, D] at slots int64 [T], or a run of them; keys are rounded here, once."""
-    if isinstance(slots, Tensor):
-        memory.write(slots, keys.to(values.dtype), values)
+def _write(memory: LayerPool, slots: Tensor | slice, keys: Tensor, by: Turn | None, values: Tensor) -> None:
+    """Put keys, turned, and values [T, K, D] at slots int64 [T], or a run of them; keys are rounded here, once."""
+    known, held = (part.view(-1, *keys.shape[1:]) for part in (memory.keys, memory.values))
+    if by is not None and native.ready(keys, known):
+        native.place(known, slots, keys, by)
     else:
-        memory.keys.view(-1, *keys.shape[1:])[slots] = keys
-        memory.values.view(-1, *keys.shape[1:])[slots] = values
+        _put(known, slots, moved(keys, by))
+    _put(held, slots, values)
+
+
+def _put(known: Tensor, slots: Tensor | slice, new: Tensor) -> None:
+    if isinstance(slots, Tensor):
+        known.index_copy_(0, slots, new)
+    else:
+        known[slots] = new
 
 
 def _behind(piece: Placed, start: int) -> Placed:
