@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Literal, assert_never
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBackend, LayerPool, Packed, varlen
+from engine.attention.paged import PagedBackend
 from engine.attention.sdpa import SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig
@@ -18,9 +20,13 @@ from engine.ops import Ops, PlainOps
 
 log = logging.getLogger("hitpath.engine")
 
-Attention = Literal["auto", "sdpa", "triton", "varlen"]
+Attention = Literal["auto", "sdpa", "avx512", "triton", "varlen"]
+_Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative error, ‖seen - expected‖ / ‖expected‖."""
+_TIMED = (384, 128)
+"""Tokens in the pool and new ones of the step by which CPU backends are compared: torch may use AMX for it, or not."""
+_ROUNDS = 4
 
 
 def choose(
@@ -28,11 +34,12 @@ def choose(
 ) -> AttentionBackend:
     """The backend that was asked for, or with `auto` the first of varlen, triton and sdpa that proves itself.
 
-    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is sdpa.
-    Raises Unavailable where the one asked for by name cannot serve.
+    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is avx512 if
+    that proves itself and is the faster one here, else sdpa. Raises Unavailable where the one asked for by name cannot
+    serve.
     """
     if wanted == "auto" and device.type != "cuda":
-        return SdpaBackend()
+        return _for_cpu(config, dtype, device, block_size)
     candidates: tuple[Attention, ...] = ("varlen", "triton") if wanted == "auto" else (wanted,)
     for name in candidates:
         try:
@@ -47,6 +54,34 @@ def choose(
             return backend
     log.warning("attention runs on the plain backend, which is slow on %s; the lines before say why", device)
     return SdpaBackend()
+
+
+def _for_cpu(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> AttentionBackend:
+    plain = SdpaBackend()
+    try:
+        backend = _make("avx512", config, dtype, device, block_size)
+        prove(backend, config, dtype=dtype, device=device, block_size=block_size)
+    except Unavailable as error:
+        log.info("attention backend avx512 is not used: %s", error)
+        return plain
+    ours, theirs = _seconds((backend, plain), _trial([_TIMED], 1, config, dtype, device, block_size), block_size)
+    if ours <= theirs:
+        return backend
+    log.info("attention backend avx512 is not used: it takes %.1f times as long here", ours / theirs)
+    return plain
+
+
+def _seconds(backends: tuple[AttentionBackend, ...], trial: _Trial, block_size: int) -> list[float]:
+    """Of the fastest of a few rounds each, in turns: others may use the machine."""
+    packed, pool, queries, fresh = trial
+    plans = [backend.plan(packed, None, block_size) for backend in backends]
+    found = [float("inf")] * len(backends)
+    for _ in range(_ROUNDS):
+        for index, (backend, plan) in enumerate(zip(backends, plans, strict=True)):
+            began = time.perf_counter()
+            backend.attend(queries, pool, plan, fresh)
+            found[index] = min(found[index], time.perf_counter() - began)
+    return found
 
 
 def choose_ops(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Ops:
@@ -127,6 +162,10 @@ def _make(
     match name:
         case "sdpa" | "auto":
             return SdpaBackend()
+        case "avx512":
+            return PagedBackend(
+                heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
+            )
         case "varlen":
             function = varlen.find(dtype=dtype, device=device)
             return varlen.VarlenBackend(function, _for_gaps(config, dtype, device, block_size))
@@ -155,9 +194,6 @@ def _triton() -> Callable[..., AttentionBackend]:
     except ImportError as error:
         raise Unavailable(f"triton is not installed: {error}") from error
     return TritonBackend
-
-
-_Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
 
 
 def _trials(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> Iterator[_Trial]:

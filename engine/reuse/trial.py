@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import KvPool, Packed
-from engine.attention.sdpa import SdpaBackend
+from engine.attention.choose import choose
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.model import Narrowing
@@ -27,7 +27,8 @@ class Trial:
 
     def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
         config = checkpoint.config
-        self._checkpoint, self._backend = checkpoint, SdpaBackend()
+        self._checkpoint = checkpoint
+        self._backend = choose(config, dtype=checkpoint.dtype, device=checkpoint.device, block_size=BLOCK)
         blocks = -(-capacity // BLOCK)
         self._pool = KvPool(
             layers=config.layers,

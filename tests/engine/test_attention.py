@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.attention import AttentionBackend
+from engine.attention.paged import PagedBackend
 from engine.attention.sdpa import SdpaBackend
-from engine.attention.varlen import VarlenBackend
+from engine.attention.varlen import Unavailable, VarlenBackend
 from tests.engine.paged import Layout, Sample, Shape, expected, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +40,21 @@ def triton(shape: Shape) -> AttentionBackend:
         heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.dim, dtype=shape.dtype, device=DEVICE
     )
     return cast(AttentionBackend, backend)
+
+
+def paged(shape: Shape) -> AttentionBackend:
+    try:
+        return PagedBackend(
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.dim,
+            dtype=shape.dtype,
+            device=torch.device("cpu"),
+        )
+    except Unavailable as error:
+        if "processor" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def varlen(shape: Shape) -> AttentionBackend:
@@ -77,7 +94,7 @@ def documented_varlen(
     return out
 
 
-BACKENDS = [sdpa, varlen, triton]
+BACKENDS = [sdpa, paged, varlen, triton]
 Make = Callable[[Shape], AttentionBackend]
 
 
@@ -90,9 +107,14 @@ def agrees(make: Make, shape: Shape, step: Sample) -> None:
     torch.testing.assert_close(seen.double(), expected(shape, step), rtol=0, atol=TOLERANCE[shape.dtype])
 
 
-def runs(make: Make, dtype: torch.dtype) -> bool:
-    """Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
-    return not (make is triton and DEVICE == "cpu" and dtype is torch.bfloat16)
+def fitting(make: Make, shape: Shape) -> Shape:
+    """The shape, or one like it that the backend can take."""
+    if make is paged:
+        return replace(shape, dtype=torch.bfloat16, dim=max(32, shape.dim))
+    # Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers.
+    if make is triton and DEVICE == "cpu" and shape.dtype is torch.bfloat16:
+        return replace(shape, dtype=torch.float16)
+    return shape
 
 
 counts = st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integers(1, 20)))
@@ -125,9 +147,7 @@ def test_any_mix(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    if not runs(make, dtype):
-        dtype = torch.float16
-    shape = Shape(kv_heads, group, dim, block_size, window, dtype)
+    shape = fitting(make, Shape(kv_heads, group, dim, block_size, window, dtype))
     agrees(make, shape, sample(shape, mix, layout=layout, every=every, seed=seed, device=DEVICE))
 
 
@@ -144,16 +164,50 @@ def test_any_mix(
     ],
 )
 def test_across_tiles(make: Make, mix: list[tuple[int, int]], every: int, window: int | None) -> None:
-    shape = Shape(kv_heads=1, group=4, dim=64, block_size=16, window=window)
+    shape = fitting(make, Shape(kv_heads=1, group=4, dim=64, block_size=16, window=window))
     agrees(make, shape, sample(shape, mix, layout="shared", every=every, device=DEVICE))
 
 
-def test_every_key_position_between_tiles() -> None:
+@pytest.mark.parametrize("make", [paged, triton])
+def test_every_key_position_between_tiles(make: Make) -> None:
     """Lengths around the borders of the kernels' tiles of keys, as one decode and as one prompt each."""
-    shape = Shape(kv_heads=1, group=1, dim=16, block_size=8, dtype=torch.float16)
-    edges = [63, 64, 65, 127, 128, 129]
-    agrees(triton, shape, sample(shape, [(edge - 1, 1) for edge in edges], device=DEVICE))
-    agrees(triton, shape, sample(shape, [(edge - 2, 2) for edge in edges], device=DEVICE))
+    shape = fitting(make, Shape(kv_heads=1, group=1, dim=16, block_size=8, dtype=torch.float16))
+    edges = [15, 16, 17, 63, 64, 65, 127, 128, 129]
+    agrees(make, shape, sample(shape, [(edge - 1, 1) for edge in edges], device=DEVICE))
+    agrees(make, shape, sample(shape, [(edge - 2, 2) for edge in edges], device=DEVICE))
+
+
+def test_what_is_in_unused_places_does_not_matter() -> None:
+    """Blocks behind a sequence's last token may hold anything, not-a-numbers of an earlier request too."""
+    shape = Shape(kv_heads=2, group=2, dim=64, block_size=16, dtype=torch.bfloat16)
+    step = sample(shape, [(0, 37), (130, 3), (5, 1)])
+    used = torch.zeros(step.pool.keys.shape[:2], dtype=torch.bool)
+    for table, total in zip(step.packed.tables.tolist(), step.packed.totals, strict=True):
+        for token in range(total):
+            used[table[token // 16], token % 16] = True
+    for part in (step.pool.keys, step.pool.values):
+        part[~used] = torch.nan
+    agrees(paged, shape, step)
+
+
+def test_threads_share_tiles() -> None:
+    shape = Shape(kv_heads=2, group=2, dim=64, block_size=16, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        agrees(paged, shape, sample(shape, [(0, 400), (300, 1), (9, 65)], every=2))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_shapes_that_do_not_fit_are_refused_by_what_is_wrong() -> None:
+    for shape, word in (
+        (Shape(dtype=torch.float32, dim=64), "float32"),
+        (Shape(dtype=torch.bfloat16, dim=48), "48"),
+        (Shape(dtype=torch.bfloat16, dim=288), "288"),
+    ):
+        with pytest.raises(Unavailable, match=word):
+            paged(shape)
 
 
 def test_splits_fill_the_processors_and_bound_every_stretch() -> None:

@@ -56,6 +56,21 @@ def test_a_cpu_gets_the_plain_backend() -> None:
     assert isinstance(choose_ops(config(), dtype=torch.float32, device=CPU), PlainOps)
 
 
+def test_a_cpu_with_the_instructions_can_have_the_backend_for_them() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 4096}
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU, "block_size": 16}
+    try:
+        named = choose(config(**sizes), wanted="avx512", **made)
+    except Unavailable as error:
+        pytest.skip(str(error)) if "processor" in str(error) else pytest.fail(str(error))
+    assert named.name == "avx512"
+    # Which one is faster is the machine's to say.
+    assert choose(config(**sizes), **made).name in ("avx512", "sdpa")
+    assert choose(config(hidden_size=128, head_dim=48), **made).name == "sdpa"
+    with pytest.raises(Unavailable, match=r"avx512.*float32"):
+        choose(config(**sizes), dtype=torch.float32, device=CPU, block_size=16, wanted="avx512")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_fused_steps_agree(family: str) -> None:
     fused = pytest.importorskip("engine.fused", reason="triton is not installed", exc_type=ImportError)
