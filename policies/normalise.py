@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 MAX_CHARS = 4096
 """A longer text has only itself as its normal form; it is not worth the time, and equal texts are exact hits anyway."""
+_REMEMBERED = 256
+"""Forms that are kept, 8 MB at the most: a look-up asks for that of the same question a dozen times."""
 
 _QUOTES = str.maketrans("‘’‚‛ʼ`´“”„‟«»‐‑‒–—−", "'''''''\"\"\"\"\"\"------")
 _CONTRACTIONS = {
@@ -56,8 +59,13 @@ _SPACE = re.compile(r"\s+")
 
 def normal(text: str) -> str:
     """Return the normal form; never raises, whatever the text."""
-    if len(text) > MAX_CHARS or _CODE.search(text):
-        return _SPACE.sub(" ", text).strip() if len(text) <= MAX_CHARS else text
+    return text if len(text) > MAX_CHARS else _normal(text)
+
+
+@lru_cache(_REMEMBERED)
+def _normal(text: str) -> str:
+    if _CODE.search(text):
+        return _SPACE.sub(" ", text).strip()
     plain = _folded(text)
     plain = _APOSTROPHED.sub(_long, plain)
     plain = _without_courtesy(plain)
