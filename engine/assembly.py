@@ -245,10 +245,10 @@ def hot_bytes(pool: int) -> int:
 
 def speed_up(checkpoint: Checkpoint) -> None:
     """Let the model compute the way its device likes best, where that proves itself."""
-    if checkpoint.device.type == "cuda":
-        checkpoint.model.ops = choose_ops(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device)
-    else:
-        lay_out(checkpoint.model)
+    model = checkpoint.model
+    if checkpoint.device.type == "cpu":
+        lay_out(model)
+    model.ops = choose_ops(checkpoint.config, dtype=checkpoint.dtype, device=checkpoint.device, products=model.ops)
 
 
 def _device(asked: str, *, cuda: bool) -> str:

@@ -16,6 +16,7 @@ from engine.attention.paged import PagedBackend
 from engine.attention.sdpa import SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig
+from engine.cpu import LoopedOps
 from engine.ops import Ops, PlainOps
 
 log = logging.getLogger("hitpath.engine")
@@ -84,18 +85,33 @@ def _seconds(backends: tuple[AttentionBackend, ...], trial: _Trial, block_size: 
     return found
 
 
-def choose_ops(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Ops:
-    """The fused small steps on CUDA, if triton is there and they agree with the plain ones; else the plain ones."""
-    if device.type != "cuda":
-        return PlainOps()
+def choose_ops(config: ModelConfig, *, dtype: torch.dtype, device: torch.device, products: Ops) -> Ops:
+    """Small steps in one pass each, if they are there and agree with the plain ones; else `products`, which has those.
+
+    On CUDA these are Triton's, on a CPU compiled loops, beside the matrix products of `products`.
+    """
+    if device.type == "cpu":
+        return _looped(config, dtype, device, products)
     try:
         from engine.fused import FusedOps
 
         prove_ops(FusedOps(), config, dtype=dtype, device=device)
     except (ImportError, Unavailable) as error:
         log.warning("small steps are not fused, which slows decoding: %s", error)
-        return PlainOps()
+        return products
     return FusedOps()
+
+
+def _looped(config: ModelConfig, dtype: torch.dtype, device: torch.device, products: Ops) -> Ops:
+    try:
+        looped = LoopedOps(products)
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise Unavailable(f"they are for bfloat16 and float32, not {dtype}")
+        prove_ops(looped, config, dtype=dtype, device=device)
+    except (ImportError, Unavailable) as error:
+        log.info("small steps are torch's: %s", error)
+        return products
+    return looped
 
 
 def prove_ops(ops: Ops, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:

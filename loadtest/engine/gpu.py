@@ -35,6 +35,7 @@ from engine.config import ModelConfig, parse_config
 from engine.executor import BLOCK_SIZE, Executor
 from engine.graphs import CAPTURABLE
 from engine.model import Decoder, empty_weights
+from engine.ops import PlainOps
 from engine.runner import Failed, Finished, Happened, Job, Progress, Runner
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
@@ -259,7 +260,7 @@ class Serving:
         blocks = sizes.room // BLOCK_SIZE
         began = time.perf_counter()
         backend = choose(config, block_size=BLOCK_SIZE, dtype=setting.dtype, device=setting.device)
-        checkpoint.model.ops = choose_ops(config, dtype=setting.dtype, device=setting.device)
+        checkpoint.model.ops = choose_ops(config, dtype=setting.dtype, device=setting.device, products=PlainOps())
         context = min(config.context, sizes.room, 4 * sizes.prompt)
         self.executor = Executor(checkpoint, backend, blocks=blocks, context=context)
         proven = time.perf_counter()

@@ -14,6 +14,7 @@ from engine.attention.choose import choose, choose_ops, prove, prove_ops
 from engine.attention.sdpa import Plan, SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig, parse_config
+from engine.cpu import LoopedOps
 from engine.ops import PlainOps
 
 if not torch.cuda.is_available():
@@ -53,7 +54,14 @@ class Forgetful(PlainOps):
 
 def test_a_cpu_gets_the_plain_backend() -> None:
     assert choose(config(), dtype=torch.float32, device=CPU, block_size=16).name == "sdpa"
-    assert isinstance(choose_ops(config(), dtype=torch.float32, device=CPU), PlainOps)
+
+
+def test_a_cpu_gets_loops_for_small_steps_where_they_agree() -> None:
+    products = PlainOps()
+    chosen = choose_ops(config(model_type="qwen3"), dtype=torch.float32, device=CPU, products=products)
+    assert isinstance(chosen, LoopedOps)
+    assert chosen.linear == products.linear
+    assert choose_ops(config(), dtype=torch.float16, device=CPU, products=products) is products
 
 
 def test_a_cpu_with_the_instructions_can_have_the_backend_for_them() -> None:
