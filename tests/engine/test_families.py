@@ -60,7 +60,7 @@ def test_agrees_with_the_reference(case: str, tmp_path: Path) -> None:
     expected = model(ids[:, :prompt], use_cache=True)
     assert (torch.cat(chunks) - expected.logits[0]).abs().max() < 1e-4
     for end in range(prompt + 1, total + 1):
-        expected = model(ids[:, end - 1 : end], past_key_values=expected.past_key_values, use_cache=True)
+        expected = model(ids[:, end - 1 : end], cache=expected.cache, use_cache=True)
         assert (stepper(ids[0, end - 1 : end].tolist()) - expected.logits[0]).abs().max() < 1e-4
 
 
