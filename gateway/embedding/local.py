@@ -1,4 +1,4 @@
-"""The embedder that needs nobody: MiniLM from an installed package, in this process, on onnxruntime."""
+"""The embedder that needs nobody: MiniLM from an installed package, in this process."""
 
 from __future__ import annotations
 

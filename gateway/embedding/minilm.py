@@ -1,16 +1,25 @@
-"""MiniLM itself: tokenizer and ONNX session, synchronous. Who may call it when is the batcher's business."""
+"""MiniLM itself: tokenizer and graph, synchronous. Who may call it when is the batcher's business.
+
+The graph runs in loops of ours where the processor is made for them (`encoder.py`), else on onnxruntime.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gateway.embedding import EmbedderError, Embedding
+from gateway.embedding.encoder import Encoder, Unfit, constants_of
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 DIM = 384
 GRAPH_VERSION = 1
@@ -26,6 +35,9 @@ MAX_ROWS = 512
 """Tokens in one run; bounds the memory of activations."""
 
 Ids = Sequence[int]
+Floats = NDArray[np.float32]
+
+_log = logging.getLogger(__name__)
 
 
 class MiniLM:
@@ -33,9 +45,10 @@ class MiniLM:
 
     def __init__(self, model: str | bytes, tokenizer: Path, *, threads: int = 1) -> None:
         """Load from a file's path or a model's bytes. Raises what the two libraries raise."""
-        self._session = onnxruntime.InferenceSession(
-            model, session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        self._vectors = _loops(model) if threads == 1 else None
+        """Of a batch, [texts, DIM]."""
+        if self._vectors is None:
+            self._vectors = graph(model, threads=threads)
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         # The file's own settings pad every text to 128 tokens.
         self._tokenizer.no_padding()
@@ -66,13 +79,51 @@ class MiniLM:
             return [*ids[: PREVIEW - 1], self._end], True
         return ids, self._unknown in ids
 
-    def _run(self, batch: Sequence[Ids]) -> NDArray[np.float32]:
+    def _run(self, batch: Sequence[Ids]) -> Floats:
+        assert self._vectors is not None
         try:
-            (vectors,) = self._session.run(None, feeds(batch))
+            return self._vectors(batch)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise EmbedderError(f"the model failed: {error}") from error
-        result: NDArray[np.float32] = vectors[:, 0]
-        return result
+
+
+Vectors = Callable[[Sequence[Ids]], Floats]
+
+
+def _loops(model: str | bytes) -> Vectors | None:
+    """The int8 graph in loops of ours, where that can be."""
+    try:
+        constants = constants_of(model if isinstance(model, bytes) else Path(model).read_bytes())
+        # Copies, so that the file's bytes go.
+        words, scales, places = (constants[name].copy() for name in ("words", "words.scale", "places"))
+        encoder = Encoder(constants)
+    except (Unfit, ValueError, KeyError) as error:
+        _log.info("the embedder runs on onnxruntime: %s", error)
+        return None
+
+    def vectors(batch: Sequence[Ids]) -> Floats:
+        lengths = [len(ids) for ids in batch]
+        ids = np.fromiter(chain.from_iterable(batch), np.int64)
+        rows = words[ids] * scales[ids]
+        starts = np.cumsum([0, *lengths])
+        rows += places[np.arange(len(ids)) - np.repeat(starts[:-1], lengths)]
+        sums: Floats = np.add.reduceat(encoder.run(rows, lengths), starts[:-1])
+        sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+        return sums
+
+    return vectors
+
+
+def graph(model: str | bytes, *, threads: int) -> Vectors:
+    """Any of `build.py`'s graphs on onnxruntime. Raises what that raises."""
+    session = new_session(model, threads)
+
+    def vectors(batch: Sequence[Ids]) -> Floats:
+        (found,) = session.run(None, feeds(batch))
+        first: Floats = found[:, 0]
+        return first
+
+    return vectors
 
 
 def feeds(batch: Sequence[Ids]) -> dict[str, NDArray[np.generic]]:
@@ -104,8 +155,10 @@ def group_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
+def new_session(model: str | bytes, threads: int) -> onnxruntime.InferenceSession:
     """How a model runs beside a server: few threads, no memory kept for shapes seen once."""
+    import onnxruntime  # 40 MB and a tenth of a second, which most never need
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -114,4 +167,4 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.enable_mem_pattern = False
     # Waiting threads must not burn the core that serves.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""The judge at work: the learned pair model on onnxruntime, beside the guards of `policies`."""
+"""The judge at work: the learned pair model, beside the guards of `policies`."""
 
 
 class JudgeError(Exception):

@@ -1,21 +1,31 @@
-"""The pair model itself: tokenizer, word table and ONNX session, synchronous. Not for concurrent use."""
+"""The pair model itself: tokenizer, word table and graph, synchronous. Not for concurrent use.
+
+As the embedder's, the graph runs in loops of ours or on onnxruntime.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gateway.embedding.minilm import DIM, session_options
+from gateway.embedding.encoder import Encoder, Unfit, constants_of, gated
+from gateway.embedding.minilm import DIM, new_session
 from gateway.judge.pairs import TEXT_TOKENS, Row, row
 from gateway.judge.words import word_table
 
 MAX_CHARS = 8 * TEXT_TOKENS
 """A longer text has too many tokens anyway, and is not worth tokenising."""
+
+Words = NDArray[np.float32]
+Logits = Callable[[Sequence[Row]], list[float]]
+
+_log = logging.getLogger(__name__)
 
 
 class PairModel:
@@ -23,8 +33,8 @@ class PairModel:
 
     def __init__(self, model: str | bytes, weights: Path, tokenizer: Path, *, threads: int = 1) -> None:
         """`weights` are the embedder's, for its words. Raises what the libraries raise, ValueError, OSError."""
-        self._session = onnxruntime.InferenceSession(model, session_options(threads), ["CPUExecutionProvider"])
-        self._words = word_table(weights)
+        words = word_table(weights)
+        self._run = (_loops(model, words) if threads == 1 else None) or graph(model, words, threads=threads)
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -51,10 +61,49 @@ class PairModel:
     def _row(self, first: list[int] | None, second: list[int] | None) -> Row | None:
         return None if first is None or second is None else row(first, second, self._start, self._end)
 
-    def _run(self, rows: Sequence[Row]) -> list[float]:
-        (logits,) = self._session.run(None, feeds(rows, self._words))
-        values: list[float] = logits[:, 0].tolist()
+
+def _loops(model: str | bytes, words: Words) -> Logits | None:
+    """The int8 graph in loops of ours, where that can be."""
+    try:
+        constants = constants_of(model if isinstance(model, bytes) else Path(model).read_bytes())
+        own = {name: constants[name].copy() for name in ("places", "mark", *_TOP)}
+        encoder = Encoder(constants)
+    except (Unfit, ValueError, KeyError) as error:
+        _log.info("the pair model runs on onnxruntime: %s", error)
+        return None
+
+    def logits(rows: Sequence[Row]) -> list[float]:
+        lengths = [len(item.ids) for item in rows]
+        starts = np.cumsum([0, *lengths])
+        # Where each text of a pair begins: its markers count with it.
+        parts = np.stack((starts[:-1], starts[:-1] + [item.second for item in rows]), 1).ravel()
+        seen = words[np.fromiter(chain.from_iterable(item.ids for item in rows), np.int64)]
+        seen += own["places"][np.arange(len(seen)) - np.repeat(starts[:-1], lengths)]
+        seen += own["mark"][np.fromiter(chain.from_iterable(item.marks for item in rows), np.int64)]
+        encoder.run(seen, lengths)
+        sizes = np.diff(np.append(parts, starts[-1]))[:, None].astype(np.float32)
+        left, right = (np.add.reduceat(seen, parts) / sizes).reshape(len(rows), 2, DIM).swapaxes(0, 1)
+        top = np.concatenate((seen[starts[:-1]], np.abs(left - right), left * right), 1)
+        units = gated(encoder.dense(top, own["units.weight"]) + own["units.bias"])
+        values: list[float] = (encoder.dense(units, own["answer.weight"]) + own["answer.bias"])[:, 0].tolist()
         return values
+
+    return logits
+
+
+_TOP = ("units.weight", "units.bias", "answer.weight", "answer.bias")
+
+
+def graph(model: str | bytes, words: Words, *, threads: int) -> Logits:
+    """Any graph of the pair model's on onnxruntime. Raises what that raises."""
+    session = new_session(model, threads)
+
+    def logits(rows: Sequence[Row]) -> list[float]:
+        (found,) = session.run(None, feeds(rows, words))
+        values: list[float] = found[:, 0].tolist()
+        return values
+
+    return logits
 
 
 def feeds(rows: Sequence[Row], words: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:

@@ -1,0 +1,207 @@
+"""The int8 graphs of `build.py` and of the pair model without onnxruntime, on CPUs with AVX-512 VNNI; see `encoder.c`.
+
+Half of onnxruntime's time for a question of a dozen tokens lies between its products. The graph's file stays what is
+checked and shipped: its constants are read from there, and its nodes are known, since we write them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DIM = 384
+LAYERS = 6
+Floats = NDArray[np.float32]
+
+_LANES = 16
+_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 7: np.int64}
+"""ONNX's numbers of those that occur."""
+_GRAPH, _CONSTANT = 7, 5
+_DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
+
+
+class Unfit(Exception):
+    """This graph cannot be run here; onnxruntime can."""
+
+
+class Encoder:
+    """What the graph does between the sum of the embeddings and the last rows."""
+
+    def __init__(self, constants: Mapping[str, NDArray[Any]]) -> None:
+        """Lay out the weights; 11 MB. Raises Unfit."""
+        try:
+            self._loops: Any = importlib.import_module("gateway.embedding._encoder")
+        except ImportError as error:
+            raise Unfit(f"it was not compiled at installation: {error}") from error
+        if not self._loops.able():
+            raise Unfit("this processor has no AVX-512 VNNI")
+        try:
+            self._kept = _laid_out(constants)
+        except (KeyError, IndexError, ValueError) as error:
+            raise Unfit(f"its constants are not those of the graph that is known: {error!r}") from error
+        self._table = self._kept[0]
+
+    def run(self, rows: Floats, lengths: Sequence[int]) -> Floats:
+        """Rows [sum of lengths, DIM] of texts one behind the other, not padded, to the last rows; in place."""
+        if (
+            rows.shape != (sum(lengths), DIM)
+            or rows.dtype != np.float32
+            or not rows.flags.c_contiguous
+            or min(lengths) < 1
+        ):
+            raise ValueError(f"rows {rows.dtype} {rows.shape} for texts of {lengths} tokens")
+        counts = np.array(lengths, np.int32)
+        addresses = (self._table.ctypes.data, rows.ctypes.data, counts.ctypes.data)
+        self._loops.run(*addresses, len(counts), max(lengths))
+        return rows
+
+    def dense(self, x: Floats, weights: Floats) -> Floats:
+        """x [N, D] times weights [F, D] transposed, D a multiple of 32."""
+        x, weights = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(weights, np.float32)
+        if x.shape[1] != weights.shape[1] or x.shape[1] % 32:
+            raise ValueError(f"rows of {x.shape[1]} numbers for weights {weights.shape}")
+        out = np.empty((len(x), len(weights)), np.float32)
+        addresses = (out.ctypes.data, x.ctypes.data, weights.ctypes.data)
+        self._loops.dense(*addresses, *out.shape, x.shape[1])
+        return out
+
+
+def gated(x: Floats) -> Floats:
+    """x · Φ(x), of a few numbers; erf as `encoder.c` has it."""
+    scaled = np.abs(x) * np.float32(0.70710678)
+    t = 1 / (1 + np.float32(0.3275911) * scaled)
+    terms = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+    rest = np.zeros_like(t)
+    for term in terms:
+        rest = rest * t + np.float32(term)
+    erf = np.copysign(1 - rest * t * np.exp(-scaled * scaled), x)
+    found: Floats = x * np.float32(0.5) * (1 + erf)
+    return found
+
+
+def constants_of(model: bytes) -> dict[str, NDArray[Any]]:
+    """The initialisers of an ONNX model, in their order; those of other types than occur are left out.
+
+    Reads the wire format of protocol buffers itself: importing `onnx` takes longer than the gateway's start. Raises
+    ValueError where that is damaged.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    for field, graph in _fields(memoryview(model)):
+        for inner, body in _fields(graph) if field == _GRAPH else ():
+            if inner == _CONSTANT:
+                name, value = _tensor(body)
+                if value is not None:
+                    found[name] = value
+    return found
+
+
+def _tensor(body: memoryview) -> tuple[str, NDArray[Any] | None]:
+    dims: list[int] = []
+    kind, name, raw = 0, "", memoryview(b"")
+    for field, value in _fields(body):
+        if field == _DIMS:
+            dims += [value] if isinstance(value, int) else _numbers(value)
+        elif field == _TYPE:
+            kind = value
+        elif field == _NAME:
+            name = str(value, "utf-8")
+        elif field == _RAW:
+            raw = value
+    return name, np.frombuffer(raw, _TYPES[kind]).reshape(dims) if kind in _TYPES else None
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field: an int, or bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _number(data, at)
+        match key & 7:
+            case 0:
+                value, at = _number(data, at)
+                yield key >> 3, value
+            case 2:
+                size, at = _number(data, at)
+                if at + size > len(data):
+                    raise ValueError("a field is longer than what it is in")
+                yield key >> 3, data[at : at + size]
+                at += size
+            case 1:
+                at += 8
+            case 5:
+                at += 4
+            case wire:
+                raise ValueError(f"fields of wire type {wire} are not known")
+
+
+def _number(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("a number does not end")
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _numbers(data: memoryview) -> list[int]:
+    found, at = [], 0
+    while at < len(data):
+        value, at = _number(data, at)
+        found.append(value)
+    return found
+
+
+def _laid_out(constants: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """The table for `encoder.c`, and everything that it points to."""
+    entered = [v for k, v in constants.items() if k.startswith("LayerNormalization_") and k.endswith(".scale")]
+    kept: list[NDArray[Any]] = []
+    floats: list[float] = []
+
+    def at(value: NDArray[Any]) -> int:
+        kept.append(np.ascontiguousarray(value))
+        return kept[-1].ctypes.data
+
+    def floats_at(name: str, size: int = DIM) -> int:
+        return at(constants[name].astype(np.float32, copy=False).reshape(size))
+
+    numbers: list[int] = []
+    norm = "embeddings.LayerNorm"
+    for layer in range(LAYERS):
+        prefix = f"encoder.layer.{layer}"
+        for half, (norms, products) in enumerate(
+            ((norm, ("qkv", "o")), (f"{prefix}.attention.output.LayerNorm", ("f1", "f2")))
+        ):
+            numbers += (
+                floats_at(f"{norms}.gain"),
+                floats_at(f"{norms}.shift"),
+                at(entered[2 * layer + half].reshape(DIM)),
+            )
+            for key in products:
+                weights, scale, bias, into = _product(constants, f"{layer}.{key}")
+                numbers += (at(weights), at(scale), at(bias))
+                floats += into
+        numbers.append(floats_at(f"{layer}.f2.even", 4 * DIM))
+        norm = f"{prefix}.output.LayerNorm"
+    last = (floats_at(f"{norm}.gain"), floats_at(f"{norm}.shift"))
+    table = np.array([LAYERS, at(np.array(floats, np.float32)), *last, *numbers], np.int64)
+    return [table, *kept]
+
+
+def _product(constants: Mapping[str, NDArray[Any]], key: str) -> tuple[NDArray[np.int8], Floats, Floats, list[float]]:
+    """Weights as `encoder.c` reads them, scale and bias of its sums, and what makes a value an integer."""
+    matrix, bias = constants[f"{key}.weight"], constants[f"{key}.bias"]
+    step, zero = float(constants[f"{key}.in.scale"].item()), int(constants[f"{key}.in.zero"].item())
+    if matrix.dtype != np.int8 or constants[f"{key}.zero"].any():
+        raise ValueError(f"{key} has no int8 weights around zero")
+    depth, columns = matrix.shape
+    weights = matrix.reshape(depth // 4, 4, columns // _LANES, _LANES).transpose(2, 0, 3, 1)
+    scale = (constants[f"{key}.scale"] * step).astype(np.float32)
+    # What the zero point adds to every sum is known beforehand.
+    known = matrix.astype(np.int64).sum(0) * zero * scale.astype(np.float64)
+    return weights, scale, (bias - known).astype(np.float32), [1 / step, zero]

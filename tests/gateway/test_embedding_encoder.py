@@ -1,0 +1,139 @@
+"""The loops give what onnxruntime makes of the same files, whatever is asked together."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.embedding.build import plain, read_safetensors
+from gateway.embedding.encoder import DIM, Encoder, Unfit, constants_of, gated
+from gateway.embedding.local import find_model, load
+from gateway.embedding.minilm import MiniLM, graph
+from gateway.judge import model as judge
+from gateway.judge.load import FOLDER, GRAPH
+from gateway.judge.model import PairModel
+from gateway.judge.words import word_table
+
+PAIR_MODEL = FOLDER / GRAPH
+TEXTS = (
+    "How do I reset my password?",
+    "What is the dose of ibuprofen for a child of 20 kg?",
+    "hi",
+    "",
+    "Explain the difference between a process and a thread, with an example in C. " * 9,
+    "Which of these 17 ports has the deepest harbour, and what may enter it at low tide?",
+)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    try:
+        return Encoder(constants_of(PAIR_MODEL.read_bytes()))
+    except Unfit as error:
+        if "processor" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def minilm(cache: Path) -> MiniLM:
+    return load(cache)[0]
+
+
+def test_constants_are_read_as_the_library_reads_them() -> None:
+    read = constants_of(PAIR_MODEL.read_bytes())
+    known = onnx.load(PAIR_MODEL).graph.initializer
+    assert list(read) == [item.name for item in known]
+    for item in known:
+        np.testing.assert_array_equal(read[item.name], onnx.numpy_helper.to_array(item), strict=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_damaged_models_are_refused_and_nothing_else_happens(data: st.DataObject) -> None:
+    node = onnx.helper.make_tensor("a", onnx.TensorProto.FLOAT, [2, 3], range(6))
+    whole = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [node])).SerializeToString()
+    damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 3))):
+        if damaged:
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        constants_of(bytes(damaged))
+
+
+def test_vectors_are_those_of_the_graph(encoder: Encoder, minilm: MiniLM, cache: Path) -> None:
+    (path,) = (cache / "cache").glob("*.onnx")
+    tokens = [minilm._tokens(text)[0] for text in TEXTS]
+    seen, wanted = minilm._run(tokens), np.concatenate([graph(str(path), threads=1)([ids]) for ids in tokens])
+    # Rounding to bytes may fall either way where floats differ in their last place.
+    assert (seen * wanted).sum(1).min() > 0.998
+
+
+def test_logits_are_those_of_the_graph(encoder: Encoder) -> None:
+    source = find_model()
+    model = PairModel(str(PAIR_MODEL), source / "model.safetensors", source / "tokenizer.json")
+    plainly = judge.graph(str(PAIR_MODEL), word_table(source / "model.safetensors"), threads=1)
+    tokens = [ids for text in TEXTS if (ids := model.tokens(text)) is not None]
+    rows = [row for one in tokens for other in tokens if (row := model._row(one, other)) is not None]
+    seen, wanted = np.array(model._run(rows)), np.array(plainly(rows))
+    assert len(rows) == 25
+    assert np.abs(seen - wanted).mean() < 0.1
+    assert np.corrcoef(seen, wanted)[0, 1] > 0.998
+
+
+@settings(deadline=None, max_examples=25)
+@given(lengths=st.lists(st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 65, 130]), min_size=1, max_size=8))
+def test_a_text_is_the_same_whatever_stands_beside_it(encoder: Encoder, lengths: list[int]) -> None:
+    rows = np.random.default_rng(len(lengths)).standard_normal((sum(lengths), DIM), np.float32)
+    together, start = encoder.run(rows.copy(), lengths), 0
+    for length in lengths:
+        alone = encoder.run(rows[start : start + length].copy(), [length])
+        np.testing.assert_array_equal(together[start : start + length], alone)
+        start += length
+    assert np.isfinite(together).all()
+
+
+def test_rows_that_do_not_fit_are_refused(encoder: Encoder) -> None:
+    good = np.zeros((3, DIM), np.float32)
+    wrong: tuple[tuple[Any, list[int]], ...] = (
+        (good, [2]),
+        (good.astype(np.float64), [3]),
+        (good[:, ::-1], [3]),
+        (good, [3, 0]),
+    )
+    for rows, lengths in wrong:
+        with pytest.raises(ValueError, match="rows"):
+            encoder.run(rows, lengths)
+
+
+def test_another_graph_is_left_to_onnxruntime(encoder: Encoder) -> None:
+    twin = plain(read_safetensors(find_model() / "model.safetensors")).SerializeToString()
+    with pytest.raises(Unfit, match="not those of the graph"):
+        Encoder(constants_of(twin))
+
+
+def test_dense(encoder: Encoder) -> None:
+    chance = np.random.default_rng(0)
+    x, weights = (chance.standard_normal((count, 96), np.float32) for count in (3, 5))
+    np.testing.assert_allclose(encoder.dense(x, weights), x @ weights.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="96"):
+        encoder.dense(x, weights[:, :64])
+
+
+def test_gated() -> None:
+    x = np.array([-9.0, -1.5, -1e-3, 0.0, 0.2, 3.0, 12.0], np.float32)
+    wanted = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x.tolist()]
+    np.testing.assert_allclose(gated(x), wanted, atol=2e-6)
