@@ -29,6 +29,10 @@ _SERVED = 4096
 """Hits that can still be complained about."""
 _REFRESH_WEIGHT = 0.25
 """What a refresh counts as evidence: some refresh because they want news, not because the answer was wrong."""
+_GUARD: Mapping[str, int] = {"judge": 1, "earned": 2}
+"""Rungs of the guard. Two keep a believed judge within its budget more often too, but the pair model hardly says more
+than .97: they would leave almost nothing to serve.
+"""
 _WRONG = 0.5
 """From this label on a pair is taken for refuted."""
 
@@ -43,7 +47,9 @@ class TrustRules:
     risk: float = 0.05
     horizon: int = 5000
     shadow_min: float = 0.05
-    shadow_max: float = 0.1
+    shadow_max: float = 1.0
+    guard: bool = True
+    """Whether the first hits are asked for more than is allowed; means something of probabilities alone."""
     refresh_within: float = 10.0
     """Seconds after a hit in which a refresh of the same call is a complaint."""
     skip: bool = True
@@ -59,6 +65,7 @@ class TrustRules:
             horizon=self.horizon,
             shadow_min=self.shadow_min,
             shadow_max=self.shadow_max,
+            guard=_GUARD[self.start] if self.guard else 0,
         )
 
 
@@ -298,16 +305,16 @@ class Trust:
     def _terms(self, category: str) -> list[Any]:
         """What must be the same for a budget's state to mean anything."""
         rules = self.rules
-        return [self._policies[category].error_budget, rules.risk, rules.horizon, rules.start]
+        return [self._policies[category].error_budget, rules.risk, rules.horizon, rules.start, rules.guard]
 
 
 def stats_of(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what `Trust.stats` of a state's owner would say. Raises what `Trust.restore` raises."""
     terms = {name: kept["rules"] for name, kept in plain["budgets"].items()}
     policies = {name: CategoryPolicy(name, error_budget=terms.get(name, [0.0])[0]) for name in plain["economics"]}
-    some: list[Any] = next(iter(terms.values()), [0.0, 0.5, 1, "judge"])
-    _, risk, horizon, start = some
-    rules = TrustRules(keep=bool(terms), risk=risk, horizon=horizon, start=start)
+    some: list[Any] = next(iter(terms.values()), [0.0, 0.5, 1, "judge", False])
+    _, risk, horizon, start, guard = some
+    rules = TrustRules(keep=bool(terms), risk=risk, horizon=horizon, start=start, guard=guard)
     known = Trust(rules, policies, lambda policy: NEVER, judge=plain["judge"])
     known.restore(plain)
     return known.stats()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachestore import Store
 from gateway.checks import CheckRules, Checks
@@ -39,7 +39,11 @@ class Trusting:
 
 def make_trust(settings: Settings, judge: Judge, table: CategoryTable) -> Trust:
     """Return what nothing has been learnt of yet."""
-    return Trust(trust_rules(settings.cache), table.policies, judge.point, judge=_identity(judge))
+    rules = trust_rules(settings.cache)
+    if not isinstance(judge, PairJudge):
+        # A similarity is no probability: a rung above one may be where nothing ever is.
+        rules = replace(rules, guard=False)
+    return Trust(rules, table.policies, judge.point, judge=_identity(judge))
 
 
 @asynccontextmanager
@@ -95,7 +99,7 @@ def trust_rules(cache: Cache) -> TrustRules:
         risk=budgets.risk,
         horizon=budgets.horizon,
         shadow_min=budgets.checked_min,
-        shadow_max=budgets.most,
+        shadow_max=budgets.checked_max,
         refresh_within=budgets.refresh_within,
         skip=economics.skip,
         economics=EconomicsRules(

@@ -17,7 +17,7 @@ from policies.reasons import Check, Complaint
 _BUDGET = {
     "point": "Acceptance point that the budget allows; absent while it allows none.",
     "share": "Share of the hits that is checked.",
-    "savings": "Wrong hits that the account still allows.",
+    "savings": "Wrong hits that the budget still allows; below 0 right hits are owed.",
     "hits": "Hits by meaning that were counted.",
     "checked": "Hits that were checked.",
     "wrong": "Sum of what the checks of hits found, 1 for wrong.",

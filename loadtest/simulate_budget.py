@@ -1,16 +1,20 @@
 """Is the error budget kept? Streams of look-ups whose truth is known, through `policies.budget`.
 
-python -m loadtest.simulate_budget [--start earned|judge] [--streams N] [--lookups N] [--budget B]... [--first SEED]
-                                   [--json]
+python -m loadtest.simulate_budget [--start earned|judge] [--asked] [--streams N] [--lookups N] [--budget B]...
+                                   [--first SEED] [--json]
 
 A stream is one category's look-ups. Three in five have a candidate; its truth is drawn from a mixture (repeats that
 are nearly always right, a grey zone, other questions), and the judge's word for it is distorted: honest, too sure of
 itself or too timid, noisy, and in half the streams blind to a kind that looks like a repeat and is wrong two
 times in five. In seven streams of ten the mixture changes somewhere in the middle, and with it, in half of these, how
-often the blind kind comes. The defaults of `BudgetRules` were chosen on the streams 0 to 99, so others are reported.
+often the blind kind comes. The defaults of `BudgetRules` were chosen on the streams 0 to 99, guard, rungs and what the
+credit is on 20 000 to 20 999, so others are reported. The rules are the gateway's at its default settings but for the
+start.
 
-`--start earned` serves nothing by meaning before labels have shown that it may; `--start judge` believes the judge from
-the first look-up on, at the point that keeps the budget on 4000 labelled candidates of another mixture.
+`--start earned` serves nothing by meaning before labels have shown that it may, and then from the laxest point on that
+the test allows. With `--asked` it serves from no laxer point than the calibrated judge's, as the gateway does: the one
+that keeps the budget on 4000 labelled candidates of another mixture. `--start judge`, the gateway's default, believes
+the judge at that point from the first look-up on, and asks for no laxer one either.
 """
 
 from __future__ import annotations
@@ -18,13 +22,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from gateway.settings import Settings
+from gateway.trusting import trust_rules
 from policies.budget import NEVER, RUNGS, BudgetRules, CategoryBudget
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05)
@@ -146,12 +152,13 @@ def _probability(logit: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(1.0 / (1.0 + np.exp(-logit)))
 
 
-def run(given: Stream, rules: BudgetRules, seed: int, *, believe: bool = False) -> Outcome:
-    """Send a stream through a controller; labels come at once and are true. `believe`: begin at the point of the
-    calibrated judge, and ask for no laxer one.
+def run(given: Stream, rules: BudgetRules, seed: int, *, believe: bool = False, asked: bool = False) -> Outcome:
+    """Send a stream through a controller; labels come at once and are true. `asked`: ask for no laxer point than the
+    calibrated judge's; `believe`: begin there, and ask for no laxer one either.
     """
-    wanted = given.point(rules.budget) if believe else 0.0
-    controller = CategoryBudget(rules, wanted if believe else NEVER)
+    judged = given.point(rules.budget)
+    wanted = judged if believe or asked else 0.0
+    controller = CategoryBudget(rules, judged if believe else NEVER)
     draws = np.random.default_rng([seed, 1]).random(len(given.p)).tolist()
     probabilities, wrongs = given.p.tolist(), given.wrong.tolist()
     hits = wrong = checked = 0
@@ -159,7 +166,7 @@ def run(given: Stream, rules: BudgetRules, seed: int, *, believe: bool = False) 
     part = max(1, len(probabilities) // POINTS)
     for place, p in enumerate(probabilities):
         if p > 0.0:
-            decision = controller.decide(p, draws[place])
+            decision = controller.decide(p, draws[place], wanted)
             if decision.serve:
                 hits += 1
                 wrong += wrongs[place]
@@ -205,10 +212,13 @@ def _believed(given: Stream, budget: float) -> tuple[int, int]:
     return hits, int(wrong[:hits].sum())
 
 
-def simulate(budget: float, streams: int, lookups: int, first: int, *, believe: bool = False) -> list[Outcome]:
-    """Run the streams from the seed `first` on under one budget; `believe`: begin at the judge's word."""
-    rules = BudgetRules(budget=budget)
-    return [run(stream(seed, lookups), rules, seed, believe=believe) for seed in range(first, first + streams)]
+def simulate(
+    budget: float, streams: int, lookups: int, first: int, *, believe: bool = False, asked: bool = False
+) -> list[Outcome]:
+    """Run the streams from the seed `first` on under one budget; `believe` and `asked` are those of `run`."""
+    rules = replace(trust_rules(Settings().cache), start="judge" if believe else "earned").budget(budget)
+    seeds = range(first, first + streams)
+    return [run(stream(seed, lookups), rules, seed, believe=believe, asked=asked) for seed in seeds]
 
 
 def _kept(outcomes: Sequence[Outcome], budget: float) -> float | None:
@@ -274,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; print a table or JSON."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.simulate_budget", description=__doc__)
     parser.add_argument("--start", choices=("earned", "judge"), default="earned")
+    parser.add_argument("--asked", action="store_true", help="ask for no laxer point than the judge's own")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--lookups", type=int, default=20_000)
     parser.add_argument("--budget", type=float, action="append")
@@ -285,7 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Summary] = []
     plots: dict[str, Any] = {}
     for budget in options.budget or BUDGETS:
-        outcomes = simulate(budget, options.streams, options.lookups, options.first, believe=options.start == "judge")
+        believe = options.start == "judge"
+        outcomes = simulate(
+            budget, options.streams, options.lookups, options.first, believe=believe, asked=options.asked
+        )
         rows.append(summary(budget, options.lookups, outcomes))
         plots[f"{budget:g}"] = over_time(outcomes)
     if options.json:

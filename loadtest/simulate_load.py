@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from gateway.app import open_embedder
 from gateway.settings import Settings
+from gateway.trusting import trust_rules
 from loadtest.data import DataError, data_dir, read_rows
 from loadtest.simulate_budget import stream
 from policies.budget import BudgetRules, CategoryBudget
@@ -208,8 +209,8 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
 
 
 def rules_of(setup: Setup) -> BudgetRules:
-    """The gateway's rules where the judge is believed at the start."""
-    return BudgetRules(budget=setup.budget, shadow_max=0.1)
+    """The gateway's rules at its default settings."""
+    return trust_rules(Settings().cache).budget(setup.budget)
 
 
 def compare(calls: Sequence[Arrival], pool: Pool, setup: Setup) -> dict[str, Result]:

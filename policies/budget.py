@@ -28,7 +28,14 @@ Traffic changes, and then nothing is exchangeable. So capital is held between a 
 licence, two or three wrong labels close a rung, and bad years do not forbid a return: what is not served is checked for
 nothing, by which a category finds back alone. From the floor, chance opens a rung beyond the target with probability
 at most `risk / 2 * exp(-depth)`. Beside that an account is kept of the wrong hits that the budget still allows; the
-share of checked hits follows it, and an overdrawn account closes the rungs at once.
+share of checked hits follows it, and an account overdrawn by more than its credit closes the rungs at once.
+
+The test keeps the target on average, the budget is counted. What is counted is lost most easily at the beginning: one
+wrong hit among the first `1 / budget` breaks it, and when the traffic changes just then, nothing earns it back. So
+while less than one wrong hit is saved up, the point keeps a guard of some rungs above what is allowed: what lies
+between goes to the backend and is compared for nothing, and a change is seen there before it is served. A broken
+budget needs right hits, so in debt the guard is lifted; so it is by a long row of right labels, or a category whose
+candidates all score alike would be guarded for ever.
 
 Nothing here knows a clock or draws at random; a look-up costs about a microsecond, a label about fifteen.
 """
@@ -42,14 +49,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-RUNGS = tuple(1.0 / (1.0 + math.exp(-0.5 * step)) for step in range(25))
-"""Acceptance points, laxest first, from .5 to 1 - 6e-6: also a judge that is far too sure of itself is told apart."""
+RUNGS = tuple(1.0 / (1.0 + math.exp(-0.5 * step)) for step in range(33))
+"""Acceptance points, laxest first, from .5 to 1 - 1e-7: also what a judge far too sure of itself says is told apart."""
 NEVER = math.inf
 """The acceptance point of a category that serves nothing by meaning."""
 
 _LUCK = 2.0
 """Standard errors of `horizon` hits that the target stays clear of the budget."""
+_CLEAN = 3.0
+"""Right labels in a row that lift the guard, as a multiple of `1 / budget`."""
 _LEAST_BET, _LARGEST_BET = 0.5, 0.9
+_WRONG = 0.25
+"""From this label on a row of right ones ends; a refresh within seconds weighs as much."""
 _FORGET = 0.25
 """A rung's own error rate, from which its bets follow, reaches back over 4 / target labels."""
 _BELIEF = 0.2
@@ -73,7 +84,9 @@ class BudgetRules:
     watch: float = 4.0
     """Errors of the account that are to be observed before it is used up: more means more checks."""
     credit: float = 3.0
-    """Wrong hits that the account begins with: the first error seen need not close a category."""
+    """Wrong hits by which the account may be overdrawn: the first error seen need not close a category."""
+    guard: int = 2
+    """Rungs that the point keeps above what is allowed while the next wrong hit would break the budget; 0: none."""
     savings_max: float = 40.0
     """Wrong hits that can be saved up at most."""
     material: float = 0.2
@@ -96,8 +109,8 @@ class BudgetRules:
             raise ValueError("0 < shadow_min <= shadow_max <= 1 must hold")
         if min(self.horizon, self.warmup, self.watch, self.savings_max, self.drop) <= 0:
             raise ValueError("horizon, warmup, watch, savings_max and drop must be positive")
-        if min(self.credit, self.room, self.depth) < 0 or not 0.0 < self.material <= 1.0:
-            raise ValueError("credit, room and depth must not be negative, material must lie in (0, 1]")
+        if min(self.credit, self.guard, self.room, self.depth) < 0 or not 0.0 < self.material <= 1.0:
+            raise ValueError("credit, guard, room and depth must not be negative, material must lie in (0, 1]")
 
     @property
     def target(self) -> float:
@@ -143,6 +156,7 @@ class BudgetFigures:
     """None while nothing is served."""
     share: float
     savings: float
+    """Wrong hits that the budget still allows; negative: right hits are owed."""
     candidates: int
     hits: int
     checked: int
@@ -160,9 +174,12 @@ class CategoryBudget:
         self._rules = rules
         self._target = rules.target
         self._enter = math.log(2.0 / rules.risk)
-        self._limit = NEVER
+        self._allowed = NEVER
+        """The laxest rung that is open, without the guard."""
         self._standing = Standing.LEARNING
-        self._savings = rules.credit
+        self._savings = 0.0
+        self._clean = 0
+        """Labels in a row that were right, of candidates from the allowed rung on."""
         self._candidates = self._hits = self._checked = self._exhaustions = 0
         self._wrong_seen = 0.0
         self._starts: tuple[int, ...] = ()
@@ -180,8 +197,10 @@ class CategoryBudget:
 
     @property
     def limit(self) -> float:
-        """The laxest point that the budget allows; NEVER while it allows none."""
-        return self._limit
+        """The laxest point that the budget allows, with its guard; NEVER while it allows none."""
+        if self._allowed == NEVER or not self._guarded():
+            return self._allowed
+        return RUNGS[min(len(RUNGS) - 1, bisect_left(RUNGS, self._allowed) + self._rules.guard)]
 
     @property
     def share(self) -> float:
@@ -195,7 +214,7 @@ class CategoryBudget:
         Between two rungs `wanted` counts as it is: that those of the candidates above a rung that score better are not
         worse than all of them is the one thing that the judge is believed.
         """
-        return max(wanted, self._limit)
+        return max(wanted, self.limit)
 
     def decide(self, p: float, draw: float, wanted: float = 0.0, *, checks: bool = True) -> Decision:
         """Decide about the best candidate of a look-up, and count it.
@@ -226,6 +245,7 @@ class CategoryBudget:
         """
         if not 0.0 <= wrong <= 1.0:
             raise ValueError(f"{wrong!r} is not between 0 and 1")
+        self._row(decision.p, wrong)
         self._bet(decision.p, wrong, 1.0)
         if decision.serve:
             self._checked += 1
@@ -241,15 +261,17 @@ class CategoryBudget:
         """
         if not 0.0 < weight <= 1.0:
             raise ValueError(f"a weight lies in (0, 1], not {weight!r}")
+        self._row(p, weight)
         self._bet(p, 1.0, weight)
         self._spend(p, weight)
         self._settle()
 
     def figures(self) -> BudgetFigures:
         """What there is to see."""
+        limit = self.limit
         return BudgetFigures(
             standing=self._standing,
-            point=None if self._limit == NEVER else self._limit,
+            point=None if limit == NEVER else limit,
             share=self.share,
             savings=self._savings,
             candidates=self._candidates,
@@ -266,6 +288,7 @@ class CategoryBudget:
             "believed": self._believed,
             "standing": str(self._standing),
             "savings": self._savings,
+            "clean": self._clean,
             "counts": [self._candidates, self._hits, self._checked, self._exhaustions],
             "wrong_seen": self._wrong_seen,
             "starts": list(self._starts),
@@ -287,6 +310,7 @@ class CategoryBudget:
             found._believed = bool(plain["believed"])
             found._standing = Standing(plain["standing"])
             found._savings = float(plain["savings"])
+            found._clean = int(plain["clean"])
             found._candidates, found._hits, found._checked, found._exhaustions = map(int, plain["counts"])
             found._wrong_seen = float(plain["wrong_seen"])
             found._starts = tuple(map(int, plain["starts"]))
@@ -300,7 +324,7 @@ class CategoryBudget:
             raise ValueError(f"not the state of an error budget: {error}") from error
         if not all(0 <= start < len(RUNGS) for start in found._starts):
             raise ValueError("a chain begins at no rung")
-        found._limit = found._laxest()
+        found._allowed = found._laxest()
         return found
 
     def _meet(self, top: int, p: float) -> None:
@@ -317,7 +341,7 @@ class CategoryBudget:
         for rung in range(max(0, bisect_right(RUNGS, start) - 1), len(RUNGS)):
             self._capital[rung] = self._enter + self._rules.room
             self._open[rung] = True
-        self._limit = self._laxest()
+        self._allowed = self._laxest()
         self._standing = Standing.BELIEVED
 
     def _lay(self) -> None:
@@ -334,6 +358,15 @@ class CategoryBudget:
         strictest = material[0][0]
         credible = [rung for rung, error in material if error <= rules.trust * self._target]
         self._starts = (strictest, min(credible, default=strictest))
+
+    def _guarded(self) -> bool:
+        rules = self._rules
+        return 0.0 <= self._savings < 1.0 and self._clean * rules.budget < _CLEAN
+
+    def _row(self, p: float, wrong: float) -> None:
+        """Count right labels in a row."""
+        if p >= self._allowed:
+            self._clean = self._clean + 1 if wrong < _WRONG else 0
 
     def _bet(self, p: float, wrong: float, weight: float) -> None:
         rules, target = self._rules, self._target
@@ -352,33 +385,33 @@ class CategoryBudget:
                 self._open[rung] = False
 
     def _spend(self, p: float, wrong: float) -> None:
-        """Charge wrong hits to the account; overdrawn, the rungs that let them through must be earned again."""
+        """Charge wrong hits to the account; beyond its credit, the rungs that let them through must be earned again."""
         if wrong <= 0.0:
             return
         self._savings -= wrong
-        if self._savings >= 0.0:
+        if self._savings >= -self._rules.credit:
             return
-        self._savings = 0.0
+        self._savings = -self._rules.credit
         for rung in range(bisect_right(RUNGS, p)):
             if self._open[rung]:
                 self._open[rung] = False
                 self._capital[rung] = min(self._capital[rung], self._enter - self._rules.drop)
 
     def _settle(self) -> None:
-        limit = self._laxest()
-        if limit != NEVER:
-            if self._standing not in _UNPROVEN or self._proven(limit):
+        allowed = self._laxest()
+        if allowed != NEVER:
+            if self._standing not in _UNPROVEN or self._proven(allowed):
                 self._standing = Standing.OPEN
-            elif limit > self._limit:
+            elif allowed > self._allowed:
                 self._standing = Standing.TIGHTENED
-        elif self._limit != NEVER:
+        elif self._allowed != NEVER:
             self._standing = Standing.EXHAUSTED
             self._exhaustions += 1
-        self._limit = limit
+        self._allowed = allowed
 
-    def _proven(self, limit: float) -> bool:
+    def _proven(self, allowed: float) -> bool:
         """Whether the labels above a believed point are as many as would have earned it."""
-        return self._labels[bisect_left(RUNGS, limit)] * self._target >= self._enter
+        return self._labels[bisect_left(RUNGS, allowed)] * self._target >= self._enter
 
     def _laxest(self) -> float:
         """The laxest rung that a chain of open rungs leads to."""

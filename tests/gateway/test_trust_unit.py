@@ -9,10 +9,14 @@ from typing import Any
 import orjson
 import pytest
 
+from gateway.judge.load import load
+from gateway.judge.pairjudge import PairJudge
+from gateway.settings import Settings
 from gateway.trust import Ruling, Trust, TrustRules
+from gateway.trusting import make_trust
 from gateway.truststate import NAME, TrustFile, read
-from policies.category import CategoryPolicy
-from policies.judge import Accepted, Candidate, Refused, Stage, Verdict
+from policies.category import PAIR_THRESHOLD, CategoryPolicy, CategoryTable
+from policies.judge import Accepted, Candidate, Refused, Stage, ThresholdJudge, Verdict
 from policies.reasons import Miss
 
 POLICY = CategoryPolicy("general", error_budget=0.05)
@@ -36,13 +40,46 @@ def rule(known: Trust, *verdicts: Verdict, policy: CategoryPolicy = POLICY, aske
 
 def test_the_best_candidate_is_served_from_the_point_on() -> None:
     known = trust()
-    ruling = rule(known, verdict(1, 0.91), verdict(2, 0.95))
+    ruling = rule(known, verdict(1, 0.91), verdict(2, 0.96))
     assert ruling is not None
-    assert (ruling.entry, ruling.serve, ruling.point) == (2, True, 0.9)
+    assert (ruling.entry, ruling.serve, ruling.claimed) == (2, True, 0.96)
     below = rule(known, verdict(1, 0.8))
     assert below is not None
     assert not below.serve
     assert known.reason(below, Refused(Miss.JUDGE_REFUSED, 0.8)) is Miss.JUDGE_REFUSED
+
+
+def test_the_first_hits_are_asked_for_more_than_the_judge_asks() -> None:
+    ruling, unguarded = rule(trust(), verdict(1, 0.91)), rule(trust(guard=False), verdict(1, 0.91))
+    assert ruling is not None
+    assert unguarded is not None
+    assert not ruling.serve
+    assert trust().reason(ruling, Accepted(Candidate(1, "", 0.9), 0.9)) is Miss.BELOW_POINT
+    assert (unguarded.serve, unguarded.point) == (True, 0.9)
+
+
+def test_a_similarity_is_not_guarded() -> None:
+    table = CategoryTable(CategoryPolicy("default"), {})
+    assert make_trust(Settings(), ThresholdJudge(), table).rules.budget(0.01).guard == 0
+    assert TrustRules().budget(0.01).guard > 0
+
+
+async def test_at_the_default_settings_a_paraphrase_is_served_as_the_second_question_ever() -> None:
+    table = CategoryTable(CategoryPolicy("default", threshold=PAIR_THRESHOLD), {"assistant": {}}, judged=True)
+    judge, policy = PairJudge(*load(), cosine=True), table.policies["assistant"]
+    known = make_trust(Settings(), judge, table)
+    # The two questions in the README.
+    stored, asked = Candidate(1, "How do I find the harbour?", 0.9941), "How can I find the harbour?"
+    judgement = await judge.judge(asked, [stored], policy)
+    ruling = known.rule(policy, judgement, known.unrefuted(b"s", asked, [stored]), judge.point(policy))
+    await judge.close()
+    assert ruling is not None
+    assert ruling.wanted < ruling.point
+    assert ruling.serve
+    # And it is checked: nothing is saved up yet.
+    decision = known.settle(ruling, checks=True)
+    assert decision is not None
+    assert (decision.check, decision.share) == (True, 1.0)
 
 
 def test_a_budget_of_nothing_serves_nothing_by_meaning() -> None:
