@@ -19,11 +19,15 @@ from torch import Tensor
 from cachestore.kv.codecs import CODECS, Form
 from engine.checkpoint import Checkpoint
 from engine.reuse.blending import Blend
+from engine.reuse.cachecraft import Observer, in_order
 from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
 from engine.reuse.examples import Sample
+from engine.reuse.idle import PIECE
+from engine.reuse.known import name_of
 from engine.reuse.point import Loss, SelectorName, Stored, selector_of
 from engine.reuse.sensitivity import averaged, measured
 from engine.reuse.trial import Trial, operations
+from engine.reuse.writing import note_of, read_note
 
 ANSWER = 16
 """Tokens of the continuation that is compared."""
@@ -85,7 +89,7 @@ Table = dict[Candidate, Findings]
 
 
 def grid() -> list[Candidate]:
-    """All that is tried. Cache-Craft is not: nothing keeps the context indices that it asks for."""
+    """All that is tried. Cache-Craft asks for chunks as they were seen; at .5 it is what its paper has."""
     found = []
     stores: tuple[Stored, ...] = ("mean", "head", "seen", "alone")
     for stored in stores:
@@ -93,7 +97,7 @@ def grid() -> list[Candidate]:
         for ratio in _RATIOS:
             names: tuple[SelectorName, ...] = ("sensitive", "epic", "cacheblend", "kvshare")
             found += [Candidate(name, ratio, stored) for name in names]
-    return found
+    return [*found, *(Candidate("cachecraft", ratio, "seen") for ratio in (*_RATIOS, 0.5))]
 
 
 def chosen(table: Table, limits: Limits) -> Candidate | None:
@@ -182,19 +186,24 @@ class Calibration:
 
     def _seen(self, sample: Sample, foreign: tuple[int, ...]) -> dict[tuple[int, ...], ChunkKv]:
         """As an earlier prompt had them, in another order behind a text that is not in this one."""
-        whole, places = [*sample.head, *foreign], {}
-        for chunk in reversed(sample.chunks):
+        whole, places = list(sample.head), {}
+        for chunk in (foreign, *reversed(sample.chunks)):
             places[chunk] = len(whole)
             whole += chunk
-        self._store.compute(whole, 1)
-        return {chunk: self._store.taken(whole, start, start + len(chunk)) for chunk, start in places.items()}
+        texts = in_order(whole, ((start, name_of(chunk)) for chunk, start in places.items()))
+        observer = Observer(texts, len(whole), self._checkpoint.config.windows)
+        for _ in self._store.pieces(whole, PIECE, observer):
+            pass
+        spans = {chunk: (start, start + len(chunk)) for chunk, start in places.items()}
+        return {chunk: self._store.taken(whole, *span, observer.context(*span)) for chunk, span in spans.items()}
 
     def _kept(self, chunk: ChunkKv) -> ChunkKv:
         """As it comes back from where it is kept."""
         kv = torch.stack(chunk.layers).cpu()
         form = Form(kv.shape[0], kv.shape[2], kv.shape[3], kv.shape[4], kv.dtype)
         back = self._codec.decode(self._codec.encode(kv, form, chunk.sensitivity), form).to(chunk.layers[0].device)
-        return replace(chunk, layers=tuple(back))
+        noted = read_note(note_of(chunk, refined=True), len(chunk.tokens))
+        return replace(chunk, layers=tuple(back), context=noted.context)
 
 
 def table_of(table: Table, best: Candidate | None) -> str:
@@ -211,8 +220,9 @@ def table_of(table: Table, best: Candidate | None) -> str:
 
 
 def _placed(text: Sequence[int], sample: Sample, chunks: Iterable[ChunkKv]) -> BlendPrompt:
-    pairs = zip(sample.spans, chunks, strict=True)
-    return BlendPrompt(text, tuple(Placed(chunk, start, 0, stop - start) for (start, stop), chunk in pairs))
+    pairs = list(zip(sample.spans, chunks, strict=True))
+    texts = in_order(text, ((start, name_of(chunk.tokens)) for (start, _), chunk in pairs))
+    return BlendPrompt(text, tuple(Placed(chunk, start, 0, stop - start) for (start, stop), chunk in pairs), texts)
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:

@@ -37,9 +37,9 @@ class ContextIndex:
     """Cache-Craft's record of a chunk's first surroundings (arXiv 2502.15734, section 3)."""
 
     prefix: tuple[bytes, ...]
-    """Names of the chunks before it, in order."""
+    """Names of the texts before it, in order."""
     inter: tuple[float, ...]
-    """Attention of its tokens on each of them, mean over layers and heads."""
+    """Attention of its tokens on each of them and what follows it up to the next, mean over layers and heads."""
     outside: Tensor
     """float32 [T]: attention of each token on everything before the chunk."""
     impact: float
@@ -55,7 +55,7 @@ class Placed:
     offset: int
     count: int
     name: bytes = b""
-    """Of the chunk, as others' context indices call it."""
+    """Of the chunk's text, as others' context indices call it."""
 
     @property
     def stop(self) -> int:
@@ -74,6 +74,8 @@ class BlendPrompt:
 
     tokens: Sequence[int]
     placed: tuple[Placed, ...]
+    texts: tuple[tuple[int, bytes], ...] = ()
+    """Where all of its texts begin, placed or not, and their names, in order; none: those placed are all there are."""
     reused: Tensor = field(init=False)
     """bool [N]: keys and values are there, from elsewhere. Never the last token, whose scores are wanted."""
 
@@ -90,3 +92,10 @@ class BlendPrompt:
         if len(self.tokens):
             reused[-1] = False
         object.__setattr__(self, "reused", reused)
+        if not self.texts:
+            object.__setattr__(self, "texts", tuple((piece.start, piece.name) for piece in self.placed))
+
+
+def names_before(texts: Sequence[tuple[int, bytes]], start: int) -> tuple[bytes, ...]:
+    """Names of the texts that begin before a position, in order; `texts` as in `BlendPrompt`."""
+    return tuple(name for at, name in texts if at < start)

@@ -46,12 +46,12 @@ class Trial:
         rows = torch.arange(len(tokens), device=self._slots.device)
         return self._run(tokens, rows, last, narrowing)
 
-    def pieces(self, tokens: Sequence[int], size: int) -> Iterator[Tensor]:
+    def pieces(self, tokens: Sequence[int], size: int, narrowing: Narrowing | None = None) -> Iterator[Tensor]:
         """As `compute`, so many tokens at a time; the last tensor, logits [1, V], is what the last token says."""
         for start in range(0, len(tokens), size):
             stop = min(start + size, len(tokens))
             rows = torch.arange(start, stop, device=self._slots.device)
-            yield self._run(tokens[:stop], rows, 1, None, span=len(tokens))
+            yield self._run(tokens[:stop], rows, 1, narrowing, span=len(tokens))
 
     def continued(self, tokens: Sequence[int], count: int, draw: Callable[[Tensor], int]) -> list[int]:
         """So many tokens more, each drawn from the scores [V] of the one before."""
