@@ -233,10 +233,11 @@ class Borrowing:
 
     def _blended(self) -> Blended:
         prompt = BlendPrompt(self._job.prompt, tuple(part.placed for part in self._parts), self._texts)
+        ranked = self._library.point.repair > 0
         coming = self._fetch is not None and any(part.order is not None for part in self._parts)
         if not coming or self._fetch is None:
-            return Blended(prompt, self._selector(None))
-        return Blended(prompt, self._selector(self._fetch.ratio), _Coming(self._fetch, self._parts))
+            return Blended(prompt, self._selector(None), ranked=ranked)
+        return Blended(prompt, self._selector(self._fetch.ratio), _Coming(self._fetch, self._parts), ranked)
 
     def _selector(self, ratio: float | None) -> Selector:
         return self._library.point.made(ratio)

@@ -145,6 +145,10 @@ class CacheCraft:
                 kept[piece.start : piece.stop] = False
         return kept[look.positions]
 
+    def missed(self, look: Look) -> Tensor | None:
+        """Not known: whole chunks are dropped here."""
+        return None
+
 
 def _again(old: Sequence[bytes], new: Sequence[bytes]) -> list[int | None]:
     """Where each of `old` stands in `new`, the second of equals where the second stands; None: not there."""

@@ -34,6 +34,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 _MOST_VERSIONS = 16
 
+MOST_REPAIRED = 7
+"""Tokens computed beside each one drawn; what KVShare has (arXiv 2503.16525)."""
+
 _LAYER = 1
 """Check layer of those that have one."""
 
@@ -98,7 +101,8 @@ class OperatingPoint:
     versions: int = 3
     """Chunks of one text, from several contexts, that are kept at most where context indices choose between them."""
     repair: int = 0
-    """Tokens computed again with each token drawn, of those that were not in the prefill."""
+    """Tokens computed again with each token drawn, of those that were not in the prefill: those first that the
+    selector finds are missed most, where it looks, else the first ones."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -177,7 +181,7 @@ class _Reader:
             check_share=self._number("check_share", given["check_share"], most=1.0),
             least=self._count("least", given["least"], 1),
             versions=self._count("versions", given["versions"], 1, _MOST_VERSIONS),
-            repair=self._count("repair", given["repair"], 0),
+            repair=self._count("repair", given["repair"], 0, MOST_REPAIRED),
         )
 
     def _closed(self, raw: Mapping[str, Any], known: set[str], optional: set[str], prefix: str = "") -> None:

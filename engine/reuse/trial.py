@@ -83,6 +83,17 @@ class Trial:
         place(self._pool, prompt, self._slots[: len(prompt.tokens)], self._checkpoint.model.rope, turned=turned)
         return self._run(prompt.tokens, blend.rows, last, blend)
 
+    def decoded(self, tokens: Sequence[int], first: int, repairs: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [N - first, V] of the tokens from `first` on, one at a time as drawn ones are, behind what is there.
+
+        `repairs`: beside each of them, the tokens before that are computed again; ascending.
+        """
+        steps = zip(range(first, len(tokens)), repairs, strict=True)
+        device = self._slots.device
+        return torch.cat(
+            [self._run(tokens[: at + 1], torch.tensor([*rows, at], device=device), 1, None) for at, rows in steps]
+        )
+
     def _run(
         self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None, span: int | None = None
     ) -> Tensor:

@@ -76,6 +76,7 @@ def test_the_ratio_is_never_below_the_points() -> None:
         ("versions", 0, "versions: expected a whole number of at least 1 and at most 16, got 0"),
         ("versions", 17, "versions: expected a whole number of at least 1 and at most 16, got 17"),
         ("repair", 1.0, "repair: expected a whole number"),
+        ("repair", 8, "repair: expected a whole number of at least 0 and at most 7, got 8"),
         ("speed", 1, "speed: no such key"),
     ],
 )

@@ -171,6 +171,21 @@ async def test_cachecraft_through_a_restart(model: Path, tmp_path: Path) -> None
                 await client.stored(4)
 
 
+async def test_kvshare_repairs_beside_the_tokens_drawn(model: Path, tmp_path: Path) -> None:
+    point = point_for(load_checkpoint(model, name="tiny"), selector="kvshare", ratio=0.1, repair=4)
+    point.save(tmp_path / "kvshare.json")
+    with serving("--model", str(model), "--port", "0", "--reuse-point", str(tmp_path / "kvshare.json")) as served:
+        async with Client(served) as client:
+            await client.ask(body(ONE, TWO))
+            await client.stored(2)
+            assert (await client.figures())["hitpath_engine_reuse_repaired_total"] == 0
+            answer, header = await client.ask(body(TWO, ONE, max_tokens=11))
+            assert said(header)["chunks"] == "2"
+            assert answer["usage"]["completion_tokens"] == 11
+            # The first is drawn from the prompt; what the last one's step would bring nobody draws from.
+            assert (await client.figures())["hitpath_engine_reuse_repaired_total"] == 10 * 4
+
+
 def scores(answer: Any) -> list[list[float]]:
     """Of every token, the log probabilities of the likeliest."""
     told = answer["choices"][0]["logprobs"]["content"]
