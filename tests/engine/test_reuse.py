@@ -272,8 +272,6 @@ def test_context_index_of_a_real_prompt(plain: Checkpoint) -> None:
 
 def test_observed_attention_is_that_of_the_selectors_and_the_same_in_pieces(variant: Checkpoint) -> None:
     """Each token a text of its own, so that what is summed up is the attention itself."""
-    if variant.model.rope.stretches:
-        pytest.skip("the length of a prompt is another there")
     tokens = some(30, 1)
     texts = tuple((place, bytes([place])) for place in range(30))
     mass = watched(variant, tokens, texts, 30).mass
@@ -303,6 +301,8 @@ def test_overlap_counts_what_is_there_again_and_in_which_order() -> None:
     assert overlap(context, [b"c", b"b", b"a"]) == 0.0
     assert overlap(context, [b"b", b"a", b"c"]) == pytest.approx(2 / 3)
     assert overlap(context, []) == 0.0
+    first = ContextIndex((), (), torch.zeros(4), 0.5)
+    assert [overhead(first, prefix) for prefix in ([], [b"a"])] == [0.0, 0.5]
     twice = ContextIndex((b"a", b"b", b"a"), (1.0, 1.0, 2.0), torch.zeros(4), 0.8)
     assert overlap(twice, [b"a", b"b", b"a"]) == 1.0
     assert overlap(twice, [b"a", b"b"]) == 0.5
