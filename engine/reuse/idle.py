@@ -188,6 +188,7 @@ class IdleJobs:
             yield
         for text, start, stop in job.wanted:
             self._indexed(text, job.tenant, trial.taken(job.tokens, start, stop, observer.context(start, stop)))
+            yield
 
     def _check(self, job: Check) -> Iterator[None]:
         trial = Trial(self._checkpoint, len(job.tokens))

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -276,7 +276,7 @@ class Library:
             if start < first or any(match.start < stop and start < match.stop for match in found):
                 continue
             tokens = tuple(row.prompt[start:stop])
-            if self._stored(tokens, job.tenant):
+            if any(True for _ in self._stored(tokens, job.tenant)):
                 found.append(Match(text_of(owner, tokens), tokens, start, stop, 0))
         return sorted(found, key=lambda match: match.start)
 
@@ -290,7 +290,7 @@ class Library:
             if held is not None and self.versions.least(match.text, prefix) < unfit(held.chunk.context, prefix):
                 held = None
             if held is None:
-                versions = self._stored(match.tokens, job.tenant)
+                versions = tuple(self._stored(match.tokens, job.tenant))
                 if not versions:
                     continue
                 orders.append(Order(match.text, versions, match.stop - match.start, prefix))
@@ -299,10 +299,10 @@ class Library:
         fetch = self._fetch(orders, rest) if orders else None
         return Borrowing(self, job, wants, fetch, texts)
 
-    def _stored(self, tokens: tuple[int, ...], tenant: str) -> tuple[Chunk, ...]:
+    def _stored(self, tokens: tuple[int, ...], tenant: str) -> Iterator[Chunk]:
         """What of a text may be stored, the best first."""
         named = (Chunk(tokens, tenant, variant) for variant in self._variants)
-        return tuple(chunk for chunk in named if self.store.may_have(chunk))
+        return filter(self.store.may_have, named)
 
     def _texts(self, job: Job, matches: Sequence[Match]) -> tuple[tuple[int, bytes], ...]:
         """All texts of a prompt by where they begin: what is known, and what its client marked beside that."""

@@ -17,6 +17,7 @@ from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.executor import Executor, Outcome
 from engine.reuse.chunks import ChunkKv, ContextIndex
 from engine.reuse.hot import Held, Hot
+from engine.reuse.idle import PIECE, IdleJobs, Observation
 from engine.reuse.known import text_of
 from engine.reuse.trial import Trial
 from engine.reuse.versions import Versions
@@ -130,6 +131,48 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def take_of(checkpoint: Checkpoint, tokens: list[int]) -> tuple[Tensor, ...]:
     return Trial(checkpoint, len(tokens)).chunk(tokens).layers
+
+
+def nobody(*_: object) -> Any:
+    raise AssertionError
+
+
+def test_prompts_are_observed_in_pieces_and_no_text_twice_at_a_time(checkpoint: Checkpoint) -> None:
+    """A request that comes meanwhile waits for one piece, or for one text to be taken out."""
+    found: list[tuple[bytes, str, ChunkKv]] = []
+    jobs = IdleJobs(
+        checkpoint,
+        "seen",
+        seen=nobody,
+        others=nobody,
+        refined=nobody,
+        compared=nobody,
+        indexed=lambda text, tenant, chunk: found.append((text.name, tenant, chunk)),
+    )
+    tokens = tuple((place * 7) % 251 for place in range(2 * PIECE + 100))
+    one, two, three = (text_of("a", words(seed)) for seed in (1, 2, 3))
+    texts = ((0, b"head"), (10, one.name), (2 * PIECE, two.name))
+    jobs.observe(Observation(tokens, "t", texts, ((one, 10, 50), (two, 2 * PIECE, 2 * PIECE + 40))))
+    jobs.observe(Observation(tokens, "t", texts, ((one, 10, 50),)))
+    assert len(jobs) == 1
+    jobs.observe(Observation(tokens, "t", texts, ((one, 10, 50), (three, 10, 60))))
+    assert len(jobs) == 2
+    done = []
+    while jobs.step():
+        done.append(len(found))
+    assert done[:7] == [0, 0, 0, 1, 2, 2, 2]  # three pieces, two texts, the end, and the next prompt
+    assert [name for name, *_ in found] == [one.name, two.name, three.name]
+    assert len(jobs) == 0
+    chunk = found[1][2]
+    exact = Trial(checkpoint, len(tokens))
+    exact.compute(tokens, 1)
+    for ours, theirs in zip(chunk.layers, exact.taken(tokens, 2 * PIECE, 2 * PIECE + 40).layers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert chunk.context is not None
+    assert chunk.context.prefix == (b"head", one.name)
+    for other in range(200):
+        jobs.observe(Observation(tokens, "t", texts, ((text_of("a", (other,)), 10, 50),)))
+    assert len(jobs) == 64
 
 
 def crafting(checkpoint: Checkpoint, **settings: Any) -> Any:
