@@ -87,8 +87,8 @@ class Observer:
 def overlap(context: ContextIndex, prefix: Sequence[bytes]) -> float:
     """β′: share of the chunk's attention on others that stands before it again, less what their order differs."""
     total = sum(context.inter)
-    if not total:  # nothing stood before it: its first tokens were where attention rests
-        return 0.0 if prefix else 1.0
+    if not total:  # nothing stood before it, and its first tokens were where attention rests
+        return float(context.prefix == tuple(prefix))
     places = _again(context.prefix, prefix)
     kept = sum(mass for place, mass in zip(places, context.inter, strict=True) if place is not None)
     return kept / total * (1 - _disorder([place for place in places if place is not None]))
