@@ -9,6 +9,7 @@ that loses least.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -31,10 +32,9 @@ FAMILIAR = 0.5
 
 
 def in_order(tokens: Sequence[int], texts: Iterable[tuple[int, bytes]]) -> tuple[tuple[int, bytes], ...]:
-    """Where texts of a prompt begin and their names, sorted; what it begins with is a text as well."""
+    """See `BlendPrompt.texts`: where texts of a prompt begin and their names, sorted, behind what it begins with."""
     found = dict(sorted(texts))
-    head = min(found, default=len(tokens))
-    return (*(((0, name_of(tokens[:head])),) if head else ()), *found.items())
+    return ((0, name_of(tokens[: min(found, default=len(tokens))])), *found.items())
 
 
 class Observer:
@@ -75,7 +75,7 @@ class Observer:
 
     def context(self, start: int, stop: int) -> ContextIndex:
         """The context index of tokens `start` to `stop`, with which one of the texts begins."""
-        which, size = self._starts.index(start), stop - start
+        which, size = bisect_right(self._starts, start) - 1, stop - start
         rows = self.mass[start:stop]
         inter, intra = rows[:, :which].sum(0), float(rows[:, which].sum())
         before = float(inter.sum()) / (size * max(1, start))
@@ -85,12 +85,16 @@ class Observer:
 
 
 def overlap(context: ContextIndex, prefix: Sequence[bytes]) -> float:
-    """β′: share of the chunk's attention on others that stands before it again, less what their order differs."""
-    total = sum(context.inter)
-    if not total:  # nothing stood before it, and its first tokens were where attention rests
-        return float(context.prefix == tuple(prefix))
-    places = _again(context.prefix, prefix)
-    kept = sum(mass for place, mass in zip(places, context.inter, strict=True) if place is not None)
+    """β′: share of the chunk's attention on others that stands before it again, less what their order differs.
+
+    What prompts begin with does not count, unless it is another: attention rests there in any context.
+    """
+    (head, *old), (resting, *inter), (now, *new) = context.prefix, context.inter, prefix or (b"",)
+    total = sum(inter) + resting * (head != now)
+    if not total:
+        return float(old == new)
+    places = _again(old, new)
+    kept = sum(mass for place, mass in zip(places, inter, strict=True) if place is not None)
     return kept / total * (1 - _disorder([place for place in places if place is not None]))
 
 

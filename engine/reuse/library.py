@@ -229,9 +229,9 @@ class Library:
         if not wanted:
             return
         # Where a text is kept in pieces, each begins one of its own.
-        begun = {**{start: text.name for text, start, _ in wanted}, **dict(texts)}
+        begun = {**{start: text.name for text, start, _ in wanted}, **dict(texts[1:])}
         stop = wanted[-1][2]
-        before = tuple((start, name) for start, name in sorted(begun.items()) if start < stop)
+        before = (texts[0], *((start, name) for start, name in sorted(begun.items()) if start < stop))
         self.idle_jobs.observe(Observation(tuple(job.prompt[:stop]), job.tenant, before, tuple(wanted)))
 
     def refine(self, match: Match, job: Job) -> None:

@@ -86,9 +86,9 @@ def _index(context: ContextIndex, room: int) -> bytes:
     most = (room - _INDEX.size - len(outside)) // _ENTRY.size
     pairs = list(zip(context.prefix, context.inter, strict=True))
     if len(pairs) > most:
-        if most < 1:
+        if most < 2:
             return b""
-        kept = set(sorted(range(len(pairs)), key=lambda place: -pairs[place][1])[: most - 1])
+        kept = {0, *sorted(range(1, len(pairs)), key=lambda place: -pairs[place][1])[: most - 2]}
         others = sum(mass for place, (_, mass) in enumerate(pairs) if place not in kept)
         pairs = [*(pair for place, pair in enumerate(pairs) if place in kept), (_OTHERS, others)]
     entries = (_ENTRY.pack(name, min(mass, _MOST_INTER)) for name, mass in pairs)

@@ -59,7 +59,7 @@ def test_a_note_says_what_was_written(
     assert sensitivity is None or torch.equal(again.sensitivity, sensitivity)  # type: ignore[arg-type]
 
 
-@given(st.integers(1, 40), st.lists(st.floats(0, 1e6), max_size=40), st.floats(0, 1), st.integers(0, 16))
+@given(st.integers(1, 40), st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 1), st.integers(0, 16))
 @settings(max_examples=100, deadline=None)
 def test_a_note_has_the_context_index_as_far_as_there_is_room(
     count: int, inter: list[float], impact: float, slot: int
@@ -73,13 +73,14 @@ def test_a_note_has_the_context_index_as_far_as_there_is_room(
     assert (noted.refined, noted.slot, noted.before) == (True, slot, 7)
     context = noted.context
     most = (note_size(count) - 18 - 2 * count) // 10
-    if most < len(inter) and not most:
+    if most < len(inter) and most < 2:
         assert context is None
         return
     assert context is not None
     assert context.impact == pytest.approx(impact, rel=1e-6)
     torch.testing.assert_close(context.outside, outside, atol=1e-3, rtol=0)
     assert len(context.prefix) == min(most, len(inter))
+    assert context.prefix[0] == names[0]
     known = dict(zip(names, inter, strict=True))
     for name, mass in zip(context.prefix, context.inter, strict=True):
         assert name not in known or mass == pytest.approx(min(known[name], 65_000), rel=1e-3, abs=1e-6)
@@ -266,11 +267,11 @@ def test_of_several_versions_the_one_from_the_nearest_context_is_taken() -> None
     fetching.shelf.go.set()
     kept = []
     for slot, name in enumerate((b"x" * 8, b"y" * 8, b"z" * 8)):
-        context = ContextIndex((name,), (1.0,), torch.zeros(40), 0.9)
+        context = ContextIndex((b"h" * 8, name), (1.0, 1.0), torch.zeros(40), 0.9)
         chunk = chunk_of(words(1), before=slot + 1, context=context)
         kept.append(fetching.keep(chunk, refined_as(slot), refined=True, slot=slot))
     for slot, name in ((1, b"y" * 8), (2, b"z" * 8), (0, b"w" * 8)):
-        fetch = fetching.begin((*kept, Chunk(words(1), "t", SEEN)), prefix=(name,))
+        fetch = fetching.begin((*kept, Chunk(words(1), "t", SEEN)), prefix=(b"h" * 8, name))
         while not fetch.over:
             time.sleep(0.001)
         noted = fetch.note(0)

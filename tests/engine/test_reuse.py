@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reuse.blending import Blend, Look, Selector, best, share
 from engine.reuse.cachecraft import CacheCraft, Observer, familiar, in_order, overhead, overlap, unfit
-from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed
+from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed, names_before
 from engine.reuse.known import name_of
 from engine.reuse.placing import moved, turn
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
@@ -246,7 +246,11 @@ def test_share() -> None:
 def test_texts_of_a_prompt_in_order() -> None:
     tokens = some(30, 1)
     assert in_order(tokens, [(9, b"two"), (4, b"one")]) == ((0, name_of(tokens[:4])), (4, b"one"), (9, b"two"))
-    assert in_order(tokens, [(0, b"one")]) == ((0, b"one"),)
+    assert in_order(tokens, [(0, b"one")]) == ((0, name_of(())), (0, b"one"))
+    texts = in_order(tokens, [(9, b"two"), (4, b"one")])
+    found = [names_before(texts, start) for start in (9, 4)]
+    assert found == [(name_of(tokens[:4]), b"one"), (name_of(tokens[:4]),)]
+    assert BlendPrompt(tokens, ()).texts == ((0, b""),)
     assert in_order(tokens, []) == ((0, name_of(tokens)),)
 
 
@@ -268,6 +272,8 @@ def test_context_index_of_a_real_prompt(plain: Checkpoint) -> None:
     assert 0.0 < context.impact < 1.0
     assert context.outside.shape == (11,)
     assert float(context.outside.sum()) == pytest.approx(sum(context.inter), rel=1e-5)
+    first = watched(plain, tokens, ((0, b"empty"), (0, b"one"), (16, b"two")), 30).context(0, 16)
+    assert (first.prefix, first.inter, float(first.outside.max())) == ((b"empty",), (0.0,), 0.0)
 
 
 def test_observed_attention_is_that_of_the_selectors_and_the_same_in_pieces(variant: Checkpoint) -> None:
@@ -295,30 +301,39 @@ def test_observed_attention_is_that_of_the_selectors_and_the_same_in_pieces(vari
 
 
 def test_overlap_counts_what_is_there_again_and_in_which_order() -> None:
-    context = ContextIndex((b"a", b"b", b"c"), (3.0, 1.0, 0.0), torch.zeros(4), 0.8)
-    assert overlap(context, [b"a", b"b", b"c"]) == 1.0
-    assert overlap(context, [b"a"]) == 0.75
-    assert overlap(context, [b"c", b"b", b"a"]) == 0.0
-    assert overlap(context, [b"b", b"a", b"c"]) == pytest.approx(2 / 3)
-    assert overlap(context, []) == 0.0
-    first = ContextIndex((), (), torch.zeros(4), 0.5)
-    assert [overhead(first, prefix) for prefix in ([], [b"a"])] == [0.0, 0.5]
-    twice = ContextIndex((b"a", b"b", b"a"), (1.0, 1.0, 2.0), torch.zeros(4), 0.8)
-    assert overlap(twice, [b"a", b"b", b"a"]) == 1.0
-    assert overlap(twice, [b"a", b"b"]) == 0.5
-    assert overhead(context, [b"a", b"b", b"c"]) == 0.0
-    assert overhead(context, []) == pytest.approx(0.8)
-    assert overhead(context, [], scale=2.0) == 1.0
+    context = ContextIndex((b"h", b"a", b"b", b"c"), (9.0, 3.0, 1.0, 0.0), torch.zeros(4), 0.8)
+
+    def kept(names: bytes) -> float:
+        return overlap(context, [bytes([name]) for name in names])
+
+    assert kept(b"habc") == 1.0
+    assert kept(b"ha") == 0.75
+    assert kept(b"hcba") == 0.0
+    assert kept(b"hbac") == pytest.approx(2 / 3)
+    assert kept(b"h") == 0.0
+    assert kept(b"gabc") == pytest.approx(4 / 13)  # the head is another
+    assert overlap(context, ()) == 0.0
+    assert overhead(context, [b"h", b"a", b"b", b"c"]) == 0.0
+    assert overhead(context, [b"h"]) == pytest.approx(0.8)
+    assert overhead(context, [b"h"], scale=2.0) == 1.0
     assert overhead(None, []) == 0.5
 
 
+def test_what_stood_first_is_where_it_was_only_if_it_stands_first() -> None:
+    first = ContextIndex((b"h",), (9.0,), torch.zeros(4), 0.6)
+    assert [overlap(first, prefix) for prefix in ([b"h"], [b"h", b"a"], [b"g"])] == [1.0, 0.0, 0.0]
+    twice = ContextIndex((b"h", b"a", b"b", b"a"), (0.0, 1.0, 1.0, 2.0), torch.zeros(4), 0.8)
+    assert overlap(twice, [b"h", b"a", b"b", b"a"]) == 1.0
+    assert overlap(twice, [b"h", b"a", b"b"]) == 0.5
+
+
 def test_the_version_from_the_most_similar_prompt_is_the_best() -> None:
-    one, two = (ContextIndex((name,), (1.0,), torch.zeros(4), 0.9) for name in (b"x", b"y"))
+    one, two = (ContextIndex((b"h", name), (1.0, 1.0), torch.zeros(4), 0.9) for name in (b"x", b"y"))
     for versions in ([one, two, None], [None, two, one]):
-        assert min(versions, key=lambda context: unfit(context, [b"y"])) is two
-        assert min(versions, key=lambda context: unfit(context, [b"x"])) is one
-        assert min(versions, key=lambda context: unfit(context, [])) is not None
-    assert (familiar(one, [b"x"]), familiar(one, [b"y"]), familiar(None, [b"x"])) == (True, False, False)
+        assert min(versions, key=lambda context: unfit(context, [b"h", b"y"])) is two
+        assert min(versions, key=lambda context: unfit(context, [b"h", b"x"])) is one
+        assert min(versions, key=lambda context: unfit(context, [b"h"])) is not None
+    assert [familiar(context, [b"h", b"x"]) for context in (one, two, None)] == [True, False, False]
 
 
 def test_where_the_context_is_the_same_cachecraft_computes_nothing(plain: Checkpoint) -> None:

@@ -31,8 +31,8 @@ TEXT = text_of("a", words(1))
 
 
 def context(*names: bytes, impact: float = 0.8) -> ContextIndex:
-    """Its tokens attended to all of these alike."""
-    return ContextIndex(names, (1.0,) * len(names), torch.zeros(40), impact)
+    """Behind a head its tokens attended to all of these alike."""
+    return ContextIndex((b"h", *names), (1.0,) * (len(names) + 1), torch.zeros(40), impact)
 
 
 # The books
@@ -59,13 +59,13 @@ def test_the_version_that_is_used_least_for_its_repair_goes() -> None:
 
 def test_the_best_version_is_told_without_its_tokens() -> None:
     versions = Versions(3)
-    assert versions.least(TEXT, [b"x"]) == (True, float("inf"))
+    assert versions.least(TEXT, [b"h", b"x"]) == (True, float("inf"))
     versions.add(TEXT, 0, context(b"x"))
     versions.add(TEXT, 1, context(b"y"))
-    assert versions.least(TEXT, [b"y"]) == (False, 0.0)
-    assert versions.least(TEXT, []) == (False, 0.8)
-    assert (versions.familiar(TEXT, [b"x"]), versions.familiar(TEXT, [b"z"])) == (True, False)
-    assert not versions.familiar(text_of("b", words(1)), [b"x"])
+    assert versions.least(TEXT, [b"h", b"y"]) == (False, 0.0)
+    assert versions.least(TEXT, [b"h"]) == (False, 0.8)
+    assert [versions.familiar(TEXT, [b"h", name]) for name in (b"x", b"z")] == [True, False]
+    assert not versions.familiar(text_of("b", words(1)), [b"h", b"x"])
 
 
 @given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), max_size=30))
@@ -99,7 +99,7 @@ def test_hot_versions_of_a_text_stay_and_go_together() -> None:
     assert hot.put(other, Held(chunk_of(words(2)), False)) == []
     assert (len(hot), hot.used) == (3, 3 * size)
     for name, slot in ((b"x", 0), (b"y", 1)):
-        best = hot.get(TEXT, [name])
+        best = hot.get(TEXT, [b"h", name])
         assert best is not None
         assert best.slot == slot
     hot.get(other)
