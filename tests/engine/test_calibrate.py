@@ -126,7 +126,7 @@ def test_everything_is_measured_and_more_is_closer(tiny: Checkpoint) -> None:
     assert losses[few[6]].kl < losses[few[5]].kl < losses[few[4]].kl
     assert table[few[4]].operations < table[few[5]].operations < table[few[6]].operations
     assert losses[few[9]].kl < losses[few[8]].kl < losses[few[7]].kl
-    assert 0.1 < table[few[9]].operations[0] < 0.9
+    assert table[few[7]].operations < table[few[8]].operations < table[few[9]].operations
     assert all(len(findings.kl) == 3 for findings in table.values())
     assert table_of(table, MORE).count("<") == 1
     assert {one.stored for one in grid()} == {"mean", "head", "seen", "alone"}
