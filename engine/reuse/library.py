@@ -287,7 +287,7 @@ class Library:
         for match in matches:
             prefix = names_before(texts, match.start)
             held = self.hot.get(match.text, prefix)
-            if held is not None and self.versions.least(match.text, prefix) < unfit(held.chunk.context, prefix):
+            if held is not None and self._outdone(match.text, held, prefix):
                 held = None
             if held is None:
                 versions = tuple(self._stored(match.tokens, job.tenant))
@@ -298,6 +298,11 @@ class Library:
         rest = len(row.prompt) - self._known_prefix(row) - sum(order.count for order in orders)
         fetch = self._fetch(orders, rest) if orders else None
         return Borrowing(self, job, wants, fetch, texts)
+
+    def _outdone(self, text: Text, held: Held, prefix: Sequence[bytes]) -> bool:
+        """Whether another version, which is stored, is better than the one that is hot."""
+        stored = self.versions.least(text, prefix, held.slot if held.refined else None)
+        return stored < unfit(held.chunk.context, prefix)
 
     def _stored(self, tokens: tuple[int, ...], tenant: str) -> Iterator[Chunk]:
         """What of a text may be stored, the best first."""

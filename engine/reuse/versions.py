@@ -52,11 +52,12 @@ class Versions:
             if not versions:
                 self._versions.pop(text, None)
 
-    def least(self, text: Text, prefix: Sequence[bytes]) -> tuple[bool, float]:
-        """What `unfit` says of the best one behind these texts; more than of any where there is none."""
+    def least(self, text: Text, prefix: Sequence[bytes], without: int | None = None) -> tuple[bool, float]:
+        """What `unfit` says of the best one behind these texts but that of a slot; more than of any where none is."""
         with self._lock:
-            versions = self._versions.get(text, {}).values()
-            return min((unfit(one.context, prefix) for one in versions), default=(True, float("inf")))
+            versions = self._versions.get(text, {})
+            found = (unfit(one.context, prefix) for slot, one in versions.items() if slot != without)
+            return min(found, default=(True, float("inf")))
 
     def familiar(self, text: Text, prefix: Sequence[bytes]) -> bool:
         """Whether one is from a context like this."""
