@@ -147,6 +147,7 @@ def _application(parts: _Parts, context: int, reuse: ReuseSettings) -> Starlette
             running=running,
             waiting=waiting,
             preemptions=scheduler.preemptions,
+            repaired=scheduler.repaired,
             free=books.free(),
             cached=books.cached(),
             used=books.used(),

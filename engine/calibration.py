@@ -96,7 +96,7 @@ def _refusal(codec: str, table: Table, limits: Limits) -> str:
     loss = table[one].loss
     return (
         f"codec {codec}: nothing saves time within KL {limits.kl:g} and agreement {limits.agreement:g}; nearest came "
-        f"{one.selector} {one.ratio:g} on chunks stored {one.stored}: KL {loss.kl:.2e} "
+        f"{_named(one.selector, one.ratio, one.repair)} on chunks stored {one.stored}: KL {loss.kl:.2e} "
         f"(± {table[one].error:.1e}), agreement {loss.agreement:.3f}, {loss.relative_time:.2f} of the time."
     )
 
@@ -115,6 +115,7 @@ def _point(
         most_loss=settings.most_kl,
         least_agreement=settings.least_agreement,
         least=settings.least,
+        repair=best.repair,
     )
 
 
@@ -124,5 +125,9 @@ def _written(point: OperatingPoint, out: Path) -> int:
     except OSError as error:
         print(f"hitpath engine calibrate: {out}: {error}; give another file with --out", file=sys.stderr)
         return 1
-    print(f"wrote {out}: {point.selector} {point.ratio:g} on chunks stored {point.stored}")
+    print(f"wrote {out}: {_named(point.selector, point.ratio, point.repair)} on chunks stored {point.stored}")
     return 0
+
+
+def _named(selector: str, ratio: float, repair: int) -> str:
+    return f"{selector} {ratio:g}" + (f" with {repair} repaired beside each token drawn" if repair else "")

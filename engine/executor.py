@@ -20,7 +20,7 @@ from engine.graphs import DecodeGraphs, Record
 from engine.model import stored_tensors
 from engine.reuse.steps import Piece, StepBlend
 from engine.scheduler import Chunk
-from engine.sequence import Positions
+from engine.sequence import Dropped, Positions
 from engine.sequence import Sequence as Row
 from engine.threads import Threads
 
@@ -48,8 +48,8 @@ class Outcome:
     """Hidden states [T, E] of all tokens of the chunks whose prompt is scored, in their order."""
     lost: frozenset[Row] = frozenset()
     """Whose chunks did not come: what was computed for them is void, and `scores` has no rows of them."""
-    dropped: Mapping[Row, Positions] = field(default_factory=dict)
-    """Tokens that were not computed in all layers, of sequences that have such: chunks had brought them."""
+    dropped: Mapping[Row, Dropped] = field(default_factory=dict)
+    """What was not computed in all layers, of sequences that have such."""
 
 
 class Executor:
@@ -177,7 +177,7 @@ class Executor:
             self._model.logits(hidden[: len(drawn)][drawn]),
             hidden[len(drawn) :],
             lost,
-            {chunks[index].sequence: positions for index, positions in blend.dropped().items()},
+            {chunks[index].sequence: dropped for index, dropped in blend.dropped().items()},
         )
 
     def _packed(self, chunks: tuple[Chunk, ...]) -> tuple[Packed, int]:

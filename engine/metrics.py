@@ -57,6 +57,8 @@ class EngineState:
     """Messages with KV events."""
     events_dropped: int = 0
     """KV events that were never sent."""
+    repaired: int = 0
+    """Tokens that chunks had brought, computed beside those drawn."""
     reuse: Figures | None = None
     """Of chunks; None: there is no operating point."""
 
@@ -198,6 +200,8 @@ class EngineMetrics(Collector):
         yield from self._histograms()
         if state.reuse is not None:
             yield from reuse_metrics(state.reuse)
+            text = "Tokens of chunks computed again beside tokens drawn."
+            yield CounterMetricFamily("hitpath_engine_reuse_repaired", text, state.repaired)
 
     def _prompted(self, job: Job, course: _Course, event: Prompted, now: float) -> None:
         course.first = course.last = now

@@ -35,7 +35,7 @@ import numpy as np
 
 from engine.blocks import BlockManager, Inconsistent
 from engine.errors import ContextTooLong, QueueFull, RequestError
-from engine.sequence import Positions, Reuse, Sequence, State
+from engine.sequence import Dropped, Positions, Reuse, Sequence, State, by_worth
 
 AGEING_STEPS = 16
 """Waiting for `patience` weighs as much as the cost of so many full steps."""
@@ -157,6 +157,8 @@ class Scheduler:
         self._lookups = 0
         self.preemptions = 0
         """How often a sequence had to give its blocks back."""
+        self.repaired = 0
+        """Kept tokens that were computed beside those drawn."""
 
     def depth(self) -> tuple[int, int]:
         """How many sequences run, and how many wait (preempted ones too)."""
@@ -206,7 +208,7 @@ class Scheduler:
             return None
         return Step((*plan.decodes, *plan.prefills), tuple(self._blocks.take_copies()), tuple(plan.preempted))
 
-    def settle(self, lost: Iterable[Sequence], dropped: Mapping[Sequence, Positions]) -> None:
+    def settle(self, lost: Iterable[Sequence], dropped: Mapping[Sequence, Dropped]) -> None:
         """What the computing of a step found out about chunks. To be called before `complete`.
 
         `lost`: what was to be placed did not come; they are computed from `computed` on, so their chunks must not be
@@ -214,9 +216,13 @@ class Scheduler:
         """
         for sequence in lost:
             sequence.strip()
-        for sequence, positions in dropped.items():
+        for sequence, its in dropped.items():
             kept = sequence.kept
-            sequence.kept = positions if kept is None else np.union1d(kept, positions)
+            sequence.kept = its.positions if kept is None else np.union1d(kept, its.positions)
+            if its.missed is not None:
+                if sequence.missed is None:
+                    sequence.missed = np.full(len(sequence.prompt), -np.inf, dtype=np.float32)
+                sequence.missed[its.positions] = its.missed
 
     def complete(self, step: Step, drawn: Mapping[Sequence, int]) -> None:
         """The step was computed; `drawn` has the next token of every chunk that draws.
@@ -381,19 +387,23 @@ class Scheduler:
     def _repair(self, plan: _Plan) -> None:
         """With what is left of the budget, compute some of the kept tokens beside those drawn.
 
-        The first ones first: what they see is repaired already, as far as it will be.
+        Those that are missed most first, where the selector said so. Else the first ones first: what they see is
+        repaired already, as far as it will be.
         """
         for chunk in plan.decodes:
             sequence = chunk.sequence
             if sequence.kept is None or chunk.start < len(sequence.prompt):
                 continue
-            left = sequence.kept if sequence.repairs is None else sequence.repairs
+            left = sequence.repairs
+            if left is None:
+                left, sequence.missed = by_worth(sequence.kept, sequence.missed), None
             count = max(0, min(self._repairs, plan.budget))
             sequence.repairs = left[count:]
-            rows = [int(at) for at in left[:count] if self._blocks.alone(sequence, int(at))]
+            rows = sorted(int(at) for at in left[:count] if self._blocks.alone(sequence, int(at)))
             if rows:
                 chunk.rows = np.array([*rows, chunk.start], dtype=np.int64)
                 plan.budget -= len(rows)
+                self.repaired += len(rows)
                 self._tenants[sequence.tenant].service += len(rows)
 
     # Admission

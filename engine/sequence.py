@@ -21,8 +21,23 @@ Positions = NDArray[np.int64]
 """Places in a sequence, ascending."""
 
 
+def by_worth(kept: Positions, missed: NDArray[np.float32] | None) -> NDArray[np.int64]:
+    """Kept tokens in the order of their repair, from what each place is missed; the first ones first where that is
+    the same or not known."""
+    return kept if missed is None else kept[np.argsort(-missed[kept], kind="stable")]
+
+
 TIERS = ("none", "pool", "memory", "disk", "redis")
 """Where chunks come from, as clients are told it: no chunks, then from fast to slow."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dropped:
+    """Tokens of a piece that were not computed in all layers: chunks had brought them."""
+
+    positions: Positions
+    missed: NDArray[np.float32] | None = None
+    """What each is missed, where that is known and asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +149,18 @@ class Sequence:
     """What is placed in its blocks and how it is repaired; since its admission."""
     kept: Positions | None = field(default=None, init=False)
     """Prompt tokens, not the last, whose keys and values are placed and not computed by the prefill."""
-    repairs: Positions | None = field(default=None, init=False)
-    """Those of them that are still to be computed beside the tokens drawn; None before the first."""
+    missed: NDArray[np.float32] | None = field(default=None, init=False)
+    """By place in the prompt, what it costs that a kept token is not computed, as far as its selector said; from
+    the first such piece of prefill to the first repair."""
+    repairs: NDArray[np.int64] | None = field(default=None, init=False)
+    """Those of them that are still to be computed beside the tokens drawn, in this order; None before the first."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
 
     def strip(self) -> None:
         """Forget what was placed: it is lost, or its blocks are."""
-        self.blended = self.kept = self.repairs = None
+        self.blended = self.kept = self.missed = self.repairs = None
 
     @property
     def drawn(self) -> int:

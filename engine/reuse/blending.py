@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.attention import LayerPool, Packed
 from engine.model import Turned
 from engine.reuse.chunks import BlendPrompt
+from engine.sequence import Positions, by_worth
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,12 +81,19 @@ class Selector(Protocol):
         """bool [M]: those to go on with, of the tokens computed so far."""
         ...
 
+    def missed(self, look: Look) -> Tensor | None:
+        """float32 [M]: what it costs that a token is dropped here; None: that is not known.
+
+        In which order they are repaired beside the tokens drawn; asked only where they are.
+        """
+        ...
+
 
 class Blend:
     """One prompt on its way through the layers; see `engine.model.Narrowing`."""
 
-    def __init__(self, prompt: BlendPrompt, selector: Selector, last: int = 1) -> None:
-        """The `last` tokens are always computed: their scores are wanted."""
+    def __init__(self, prompt: BlendPrompt, selector: Selector, last: int = 1, *, ranked: bool = False) -> None:
+        """The `last` tokens are always computed: their scores are wanted. `ranked`: so is `repairs`."""
         self._prompt, self._selector = prompt, selector
         needed = ~prompt.reused
         needed[len(needed) - last :] = True
@@ -95,11 +103,19 @@ class Blend:
         self._checks = frozenset(selector.checks)
         self.positions: list[Tensor] = []
         """int64: of the tokens computed in each layer so far."""
+        self._missed = torch.full((len(prompt.tokens),), -torch.inf) if ranked else None
 
     @property
     def computed(self) -> list[int]:
         """Tokens computed in each layer so far."""
         return [len(positions) for positions in self.positions]
+
+    @property
+    def repairs(self) -> Positions:
+        """Tokens that were not computed in all layers, those that are missed most first."""
+        left = self._prompt.reused.clone()
+        left[self.positions[-1].cpu()] = False
+        return by_worth(left.nonzero()[:, 0].numpy(), None if self._missed is None else self._missed.numpy())
 
     def before(self, layer: int, memory: LayerPool, packed: Packed) -> tuple[Tensor, Tensor] | None:
         """See `Narrowing`."""
@@ -111,6 +127,8 @@ class Blend:
         packed = turned.packed
         look = look_at(self._prompt, int(self._prompt.reused.sum()), turned, 0, slice(None))
         kept = self._selector.narrow(layer, look) | self._needed.to(packed.positions.device)[packed.positions]
+        if self._missed is not None and (missed := self._selector.missed(look)) is not None:
+            self._missed[packed.positions[~kept]] = missed[~kept].cpu()
         rows = kept.nonzero()[:, 0]
         self.positions[-1] = packed.positions[rows]
         return rows, packed.narrowed(rows, (len(rows),), (int(packed.positions[rows[0]]),))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.attention import KvPool
 from engine.reuse.blending import Selector
-from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
+from engine.reuse.cachecraft import familiar, overhead
+from engine.reuse.chunks import BlendPrompt, Placed, names_before
 from engine.reuse.fetching import Fetch
 from engine.reuse.figures import SHOWN
 from engine.reuse.hot import Held
@@ -55,6 +56,8 @@ class _Part:
     """A chunk to be placed."""
 
     want: Want
+    held: Held
+    """Perhaps without its layers."""
     placed: Placed
     order: int | None
     """Its layers come from the fetch."""
@@ -77,8 +80,16 @@ class _Coming:
 class Borrowing:
     """See `engine.sequence.Reuse`."""
 
-    def __init__(self, library: Library, job: Job, wants: Sequence[Want], fetch: Fetch | None) -> None:
-        self._library, self._job, self._wants, self._fetch = library, job, wants, fetch
+    def __init__(
+        self,
+        library: Library,
+        job: Job,
+        wants: Sequence[Want],
+        fetch: Fetch | None,
+        texts: tuple[tuple[int, bytes], ...] = (),
+    ) -> None:
+        """`texts`: see `BlendPrompt`; only where context indices are kept."""
+        self._library, self._job, self._wants, self._fetch, self._texts = library, job, wants, fetch, texts
         self._first = len(job.prompt)
         """First token computed since the last admission."""
         self._parts: list[_Part] = []
@@ -137,12 +148,15 @@ class Borrowing:
         blended = sequence.blended
         if blended is not None:
             self._account(blended, sequence)
-        for start, stop in self._new(blended):
+        new = list(self._new(blended))
+        for start, stop in new:
             self._library.keep(Keeping(self._job, start, stop, slots[start:stop]))
         for part in self._parts:
             if part.order is not None and self._fetch is not None:
                 self._library.fetched(self._fetch, part.order)
             self._library.refine(part.want.match, self._job)
+        if self._texts:
+            self._library.observe(self._job, self._texts, [*new, *self._strange()])
 
     def scored(self, sequence: Row, scores: Tensor) -> None:
         """See `Reuse`."""
@@ -162,12 +176,28 @@ class Borrowing:
                     yield start, before
                 start = after
 
+    def _strange(self) -> Iterator[tuple[int, int]]:
+        """What stands here whole, and of which no version is from a context like this one."""
+        for part in self._parts:
+            match, context = part.want.match, part.placed.chunk.context
+            whole = (match.offset, match.stop - match.start) == (0, len(match.tokens))
+            if whole and not familiar(context, self._before(match)):
+                yield match.start, match.stop
+
+    def _before(self, match: Match) -> tuple[bytes, ...]:
+        """Names of the texts before one."""
+        return names_before(self._texts, match.start)
+
     def _account(self, blended: Blended, sequence: Row) -> None:
         kept = 0 if sequence.kept is None else len(sequence.kept)
         recomputed = int(blended.prompt.reused.sum()) - kept
         tier = max((self._tier(part) for part in self._parts), key=TIERS.index)
         self._used = Used(len(self._parts), kept, recomputed, tier)
         self._library.count(self._used, [part.placed.chunk for part in self._parts if part.tier == "pool"])
+        for part in self._parts:
+            match = part.want.match
+            cost = overhead(part.placed.chunk.context, self._before(match))
+            self._library.versions.used(match.text, part.held.slot, cost)
 
     def _tier(self, part: _Part) -> str:
         """Where a chunk came from in the end."""
@@ -180,34 +210,34 @@ class Borrowing:
         before = max(0, first - match.start)
         if match.start + before >= match.stop:
             return None
-        chunk, order, tier = self._chunk(want)
-        if chunk is None:
+        held, order, tier = self._held(want)
+        if held is None:
             return None
         count = match.stop - match.start - before
-        placed = Placed(chunk, match.start + before, match.offset + before, count, match.text.digest)
-        return _Part(want, placed, order, tier)
+        placed = Placed(held.chunk, match.start + before, match.offset + before, count, match.text.name)
+        return _Part(want, held, placed, order, tier)
 
-    def _chunk(self, want: Want) -> tuple[ChunkKv | None, int | None, str]:
+    def _held(self, want: Want) -> tuple[Held | None, int | None, str]:
         """The chunk, where its layers come from if they are not there, and its tier."""
         if want.held is not None:
-            return want.held.chunk, None, "pool"
+            return want.held, None, "pool"
         fetch, order = self._fetch, want.order
         if fetch is None or order is None:
-            held = self._library.hot.get(want.match.text)
-            return (None if held is None else held.chunk), None, "pool"
+            return self._library.hot.get(want.match.text, self._before(want.match)), None, "pool"
         if not fetch.planned or (noted := fetch.note(order)) is None:
             return None, None, "none"
         tier = SHOWN[fetch.tiers[order]]
         if fetch.over:
             return self._library.fetched(fetch, order), None, tier
-        return noted.chunk(want.match.tokens), order, tier
+        return Held(noted.chunk(want.match.tokens), noted.refined, noted.slot), order, tier
 
     def _blended(self) -> Blended:
-        prompt = BlendPrompt(self._job.prompt, tuple(part.placed for part in self._parts))
+        prompt = BlendPrompt(self._job.prompt, tuple(part.placed for part in self._parts), self._texts)
+        ranked = self._library.point.repair > 0
         coming = self._fetch is not None and any(part.order is not None for part in self._parts)
         if not coming or self._fetch is None:
-            return Blended(prompt, self._selector(None))
-        return Blended(prompt, self._selector(self._fetch.ratio), _Coming(self._fetch, self._parts))
+            return Blended(prompt, self._selector(None), ranked=ranked)
+        return Blended(prompt, self._selector(self._fetch.ratio), _Coming(self._fetch, self._parts), ranked)
 
     def _selector(self, ratio: float | None) -> Selector:
         return self._library.point.made(ratio)

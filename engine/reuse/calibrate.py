@@ -18,18 +18,24 @@ from torch import Tensor
 
 from cachestore.kv.codecs import CODECS, Form
 from engine.checkpoint import Checkpoint
-from engine.reuse.blending import Blend
+from engine.reuse.blending import Blend, Selector
+from engine.reuse.cachecraft import Observer, in_order
 from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
 from engine.reuse.examples import Sample
+from engine.reuse.idle import PIECE
+from engine.reuse.known import name_of
 from engine.reuse.point import Loss, SelectorName, Stored, selector_of
 from engine.reuse.sensitivity import averaged, measured
 from engine.reuse.trial import Trial, operations
+from engine.reuse.writing import note_of, read_note
 
 ANSWER = 16
 """Tokens of the continuation that is compared."""
 _ENDING = 64
 """Tokens before it that are compared, at the most."""
 _RATIOS = (0.05, 0.10, 0.15, 0.20, 0.30)
+_REPAIR = 4
+"""Tokens repaired beside each one drawn, where any are."""
 _NEAR = 1.05
 """Times, or operations, that are so near to each other count as the same: then the smaller loss decides."""
 _WORTH = 0.9
@@ -53,6 +59,8 @@ class Candidate:
     selector: SelectorName
     ratio: float
     stored: Stored
+    repair: int = 0
+    """Kept tokens computed beside each one drawn."""
 
 
 @dataclass(slots=True)
@@ -81,11 +89,21 @@ class Findings:
         return self.loss.kl + self.error <= limits.kl and self.loss.agreement >= limits.agreement
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tried:
+    """What came of a candidate on one sample."""
+
+    scores: Tensor
+    """[T, V], of the end of the prompt and the answer."""
+    seconds: float
+    operations: float
+
+
 Table = dict[Candidate, Findings]
 
 
 def grid() -> list[Candidate]:
-    """All that is tried. Cache-Craft is not: nothing keeps the context indices that it asks for."""
+    """All that is tried. Cache-Craft asks for chunks as they were seen; at .5 it is what its paper has."""
     found = []
     stores: tuple[Stored, ...] = ("mean", "head", "seen", "alone")
     for stored in stores:
@@ -93,7 +111,8 @@ def grid() -> list[Candidate]:
         for ratio in _RATIOS:
             names: tuple[SelectorName, ...] = ("sensitive", "epic", "cacheblend", "kvshare")
             found += [Candidate(name, ratio, stored) for name in names]
-    return found
+            found.append(Candidate("kvshare", ratio, stored, _REPAIR))
+    return [*found, *(Candidate("cachecraft", ratio, "seen") for ratio in (*_RATIOS, 0.5))]
 
 
 def chosen(table: Table, limits: Limits) -> Candidate | None:
@@ -156,17 +175,45 @@ class Calibration:
         whole = operations(config, [torch.arange(len(text))] * config.layers)
         stored = self._stored(sample, foreign)
         for candidate, found in table.items():
-            prompt = _placed(text, sample, stored[candidate.stored])
-            selector = selector_of(candidate.selector, candidate.ratio)
-            blend = Blend(prompt, selector, last)
-            scores = self._trial.run(prompt, blend, last)
-            seconds = _seconds(lambda p=prompt, s=selector: self._trial.blend(p, s, last))  # type: ignore[misc]
-            same = scores.argmax(-1) == exact.argmax(-1)
-            found.kl.append(_divergence(exact, scores))
+            tried = self._tried(candidate, text, sample, stored[candidate.stored], last)
+            same = tried.scores.argmax(-1) == exact.argmax(-1)
+            found.kl.append(_divergence(exact, tried.scores))
             found.agreement.append(float(same[-ANSWER:].float().mean()))
             found.first.append(bool(same[-ANSWER]))
-            found.time.append(seconds / whole_time)
-            found.operations.append(operations(config, blend.positions) / whole)
+            found.time.append(tried.seconds / whole_time)
+            found.operations.append(tried.operations / whole)
+
+    def _tried(
+        self, candidate: Candidate, text: Sequence[int], sample: Sample, chunks: Sequence[ChunkKv], last: int
+    ) -> _Tried:
+        prompt, selector = _placed(text, sample, chunks), selector_of(candidate.selector, candidate.ratio)
+        blend = Blend(prompt, selector, last)
+        scores = self._trial.run(prompt, blend, last)
+        seconds = _seconds(lambda: self._trial.blend(prompt, selector, last))
+        tried = _Tried(scores, seconds, operations(self._checkpoint.config, blend.positions))
+        if not candidate.repair:
+            return tried
+        begun = _placed(sample.tokens, sample, chunks)
+        return self._repaired(tried, begun, selector, text[len(sample.tokens) :], candidate.repair)
+
+    def _repaired(
+        self, tried: _Tried, prompt: BlendPrompt, selector: Selector, answer: Sequence[int], repair: int
+    ) -> _Tried:
+        """The same, the answer drawn token after token with so many kept tokens repaired beside each.
+
+        Time and operations of the repairs are added to those of prompt and answer in one go.
+        """
+        config, last = self._checkpoint.config, len(tried.scores) - len(answer)
+        blend = Blend(prompt, selector, last, ranked=True)
+        begun, text, first = self._trial.run(prompt, blend, last), (*prompt.tokens, *answer), len(prompt.tokens)
+        order = blend.repairs.tolist()
+        steps = [sorted(order[at * repair : (at + 1) * repair]) for at in range(len(answer))]
+        scores = torch.cat((begun, self._trial.decoded(text, first, steps)))
+        alone: list[list[int]] = [[] for _ in steps]
+        took = [_seconds(lambda s=s: self._trial.decoded(text, first, s)) for s in (steps, alone)]  # type: ignore[misc]
+        rows = torch.tensor([at for again in steps for at in again], dtype=torch.int64)
+        counted = tried.operations + operations(config, [rows] * config.layers)
+        return _Tried(scores, tried.seconds + max(0.0, took[0] - took[1]), counted)
 
     def _stored(self, sample: Sample, foreign: Sequence[tuple[int, ...]]) -> dict[Stored, list[ChunkKv]]:
         seen = self._seen(sample, foreign[0])
@@ -182,28 +229,35 @@ class Calibration:
 
     def _seen(self, sample: Sample, foreign: tuple[int, ...]) -> dict[tuple[int, ...], ChunkKv]:
         """As an earlier prompt had them, in another order behind a text that is not in this one."""
-        whole, places = [*sample.head, *foreign], {}
-        for chunk in reversed(sample.chunks):
+        whole, places = list(sample.head), {}
+        for chunk in (foreign, *reversed(sample.chunks)):
             places[chunk] = len(whole)
             whole += chunk
-        self._store.compute(whole, 1)
-        return {chunk: self._store.taken(whole, start, start + len(chunk)) for chunk, start in places.items()}
+        texts = in_order(whole, ((start, name_of(chunk)) for chunk, start in places.items()))
+        observer = Observer(texts, len(whole), self._checkpoint.config.windows)
+        for _ in self._store.pieces(whole, PIECE, observer):
+            pass
+        spans = {chunk: (start, start + len(chunk)) for chunk, start in places.items()}
+        return {chunk: self._store.taken(whole, *span, observer.context(*span)) for chunk, span in spans.items()}
 
     def _kept(self, chunk: ChunkKv) -> ChunkKv:
         """As it comes back from where it is kept."""
         kv = torch.stack(chunk.layers).cpu()
         form = Form(kv.shape[0], kv.shape[2], kv.shape[3], kv.shape[4], kv.dtype)
         back = self._codec.decode(self._codec.encode(kv, form, chunk.sensitivity), form).to(chunk.layers[0].device)
-        return replace(chunk, layers=tuple(back))
+        noted = read_note(note_of(chunk, refined=True), len(chunk.tokens))
+        return replace(chunk, layers=tuple(back), context=noted.context)
 
 
 def table_of(table: Table, best: Candidate | None) -> str:
     """For people: quickest first."""
-    lines = [f"{'stored':7}{'selector':12}{'ratio':>6}{'KL':>10}{'±':>9}{'agree':>7}{'first':>7}{'time':>7}{'ops':>7}"]
+    lines = [
+        f"{'stored':7}{'selector':12}{'ratio':>6}{'repair':>7}{'KL':>10}{'±':>9}{'agree':>7}{'first':>7}{'time':>7}{'ops':>7}"
+    ]
     for one, found in sorted(table.items(), key=lambda pair: pair[1].loss.relative_time):
         loss = found.loss
         lines.append(
-            f"{one.stored:7}{one.selector:12}{one.ratio:6.2f}{loss.kl:10.2e}{found.error:9.1e}{loss.agreement:7.3f}"
+            f"{one.stored:7}{one.selector:12}{one.ratio:6.2f}{one.repair:7}{loss.kl:10.2e}{found.error:9.1e}{loss.agreement:7.3f}"
             f"{statistics.fmean(found.first):7.3f}{loss.relative_time:7.2f}{statistics.fmean(found.operations):7.2f}"
             f"{'  <' if one == best else ''}"
         )
@@ -211,8 +265,9 @@ def table_of(table: Table, best: Candidate | None) -> str:
 
 
 def _placed(text: Sequence[int], sample: Sample, chunks: Iterable[ChunkKv]) -> BlendPrompt:
-    pairs = zip(sample.spans, chunks, strict=True)
-    return BlendPrompt(text, tuple(Placed(chunk, start, 0, stop - start) for (start, stop), chunk in pairs))
+    pairs = list(zip(sample.spans, chunks, strict=True))
+    texts = in_order(text, ((start, name_of(chunk.tokens)) for (start, _), chunk in pairs))
+    return BlendPrompt(text, tuple(Placed(chunk, start, 0, stop - start) for (start, stop), chunk in pairs), texts)
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:

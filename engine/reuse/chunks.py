@@ -37,9 +37,9 @@ class ContextIndex:
     """Cache-Craft's record of a chunk's first surroundings (arXiv 2502.15734, section 3)."""
 
     prefix: tuple[bytes, ...]
-    """Names of the chunks before it, in order."""
+    """Names of what the prompt began with, before its first text, and of the texts before the chunk, in order."""
     inter: tuple[float, ...]
-    """Attention of its tokens on each of them, mean over layers and heads."""
+    """Attention of its tokens on each of them and what follows it up to the next, mean over layers and heads."""
     outside: Tensor
     """float32 [T]: attention of each token on everything before the chunk."""
     impact: float
@@ -55,7 +55,7 @@ class Placed:
     offset: int
     count: int
     name: bytes = b""
-    """Of the chunk, as others' context indices call it."""
+    """Of the chunk's text, as others' context indices call it."""
 
     @property
     def stop(self) -> int:
@@ -74,6 +74,9 @@ class BlendPrompt:
 
     tokens: Sequence[int]
     placed: tuple[Placed, ...]
+    texts: tuple[tuple[int, bytes], ...] = ()
+    """Where all of its texts begin, placed or not, and their names, in order; the first is what it begins with, up to
+    the next, and may be empty. None: those placed are all there are."""
     reused: Tensor = field(init=False)
     """bool [N]: keys and values are there, from elsewhere. Never the last token, whose scores are wanted."""
 
@@ -90,3 +93,11 @@ class BlendPrompt:
         if len(self.tokens):
             reused[-1] = False
         object.__setattr__(self, "reused", reused)
+        if not self.texts:
+            placed = ((piece.start, piece.name) for piece in self.placed)
+            object.__setattr__(self, "texts", ((0, b""), *placed))
+
+
+def names_before(texts: Sequence[tuple[int, bytes]], start: int) -> tuple[bytes, ...]:
+    """Names of what stands before the text that begins at a position, as in `ContextIndex`; `texts`: `BlendPrompt`."""
+    return tuple(name for place, (at, name) in enumerate(texts) if not place or at < start)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cachestore.kv import Chunk, Found, KvStore, Lookup, Tier
 from cachestore.kv.controller import Plan, Source, Wanted
+from engine.reuse.cachecraft import unfit
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.known import Text
 from engine.reuse.writing import Noted, read_note
@@ -29,9 +30,11 @@ class Order:
 
     text: Text
     versions: tuple[Chunk, ...]
-    """As the store knows it, the best first."""
+    """As the store knows it, the best first where their context indices do not say which is."""
     count: int
     """Tokens of it that the prompt has."""
+    prefix: tuple[bytes, ...] = ()
+    """Names of the texts that stand before it there."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -126,7 +129,7 @@ class Fetch:
         for index, order in enumerate(self.orders):
             places = range(first, first + len(order.versions))
             first = places.stop
-            if (place := next((place for place in places if lookup.found[place] is not None), None)) is not None:
+            if (place := _best(lookup, order, places)) is not None:
                 best[index] = place
         wanted = []
         for index, order in enumerate(self.orders):
@@ -167,3 +170,11 @@ class Fetch:
     def _now_planned(self) -> None:
         self.planned = True
         self._changed()
+
+
+def _best(lookup: Lookup, order: Order, places: range) -> int | None:
+    """Of an order's versions at these places of the lookup the one that was found and needs least repair."""
+    heads = [(place, head) for place in places if (head := lookup.head(place)) is not None]
+    if len(heads) < 2:
+        return heads[0][0] if heads else None
+    return min(heads, key=lambda pair: unfit(read_note(pair[1].note, len(order.tokens)).context, order.prefix))[0]

@@ -1,21 +1,28 @@
-"""Decoded chunks on the model's device: the tier above the store, bounded, the least recently used go first."""
+"""Decoded chunks on the model's device: the tier above the store, bounded, the least recently used go first.
+
+Of a text there may be several refined versions, each from another context; they go together.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.reuse.cachecraft import unfit
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.known import Text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A chunk, and whether it is the refined version."""
+    """A chunk, and whether it is a refined version."""
 
     chunk: ChunkKv
     refined: bool
+    slot: int = 0
+    """Which of the refined ones."""
 
     @property
     def size(self) -> int:
@@ -35,7 +42,8 @@ class Hot:
         """`capacity` in bytes."""
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[Text, Held] = OrderedDict()
+        self._chunks: OrderedDict[Text, dict[int, Held]] = OrderedDict()
+        """By text and slot: refined versions, or one that is not."""
         self._used = 0
 
     @property
@@ -44,27 +52,29 @@ class Hot:
         return self._used
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return sum(map(len, self._chunks.values()))
 
-    def get(self, text: Text) -> Held | None:
-        """The best version that is here; it counts as used."""
+    def get(self, text: Text, prefix: Sequence[bytes] = ()) -> Held | None:
+        """The version that is best behind the texts of these names; they all count as used."""
         with self._lock:
-            held = self._chunks.get(text)
-            if held is not None:
-                self._chunks.move_to_end(text)
-            return held
+            versions = self._chunks.get(text)
+            if versions is None:
+                return None
+            self._chunks.move_to_end(text)
+            return min(versions.values(), key=lambda held: unfit(held.chunk.context, prefix))
 
     def put(self, text: Text, held: Held) -> list[Text]:
-        """Take it in, in place of a worse version; what had to go for it, or itself where it is too large."""
+        """Take it in, in place of worse versions; texts that had to go for it, or its own where it is too large."""
         with self._lock:
-            before = self._chunks.get(text)
-            if before is not None and before.refined and not held.refined:
+            before = self._chunks.get(text, {})
+            refined = {slot: one for slot, one in before.items() if one.refined}
+            if refined and not held.refined:
                 return []
             if held.size > self._capacity:
-                return [text] if before is None else []
+                return [] if before else [text]
             self._take_out(text)
-            self._chunks[text] = held
-            self._used += held.size
+            self._chunks[text] = versions = {**refined, held.slot: held}
+            self._used += sum(one.size for one in versions.values())
             gone = []
             while self._used > self._capacity:
                 gone.append(next(iter(self._chunks)))
@@ -74,9 +84,8 @@ class Hot:
     def check(self) -> list[str]:
         """What does not add up; empty is good."""
         with self._lock:
-            total = sum(held.size for held in self._chunks.values())
+            total = sum(held.size for versions in self._chunks.values() for held in versions.values())
         return [] if total == self._used <= self._capacity else [f"{total} bytes are hot, {self._used} are counted"]
 
     def _take_out(self, text: Text) -> None:
-        if (held := self._chunks.pop(text, None)) is not None:
-            self._used -= held.size
+        self._used -= sum(held.size for held in self._chunks.pop(text, {}).values())

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint
+from engine.reuse.cachecraft import Observer
 from engine.reuse.chunks import ChunkKv
 from engine.reuse.known import Text
 from engine.reuse.point import Stored
@@ -29,7 +30,10 @@ PIECE = 256
 ELSEWHERE = 2
 """Texts that a chunk is computed behind to see how much it changes."""
 
-_MOST_REFINEMENTS, _MOST_CHECKS = 1024, 16
+LONGEST = 8192
+"""Tokens of a prompt that is observed, at the most: each has its place in memory meanwhile."""
+
+_MOST_REFINEMENTS, _MOST_OBSERVATIONS, _MOST_CHECKS = 1024, 64, 16
 """Jobs that may wait; beyond, the oldest are forgotten."""
 
 _log = logging.getLogger("hitpath.engine")
@@ -44,6 +48,18 @@ class Refinement:
     tenant: str
     head: tuple[int, ...]
     """What its template begins with, up to the first chunk of a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A prompt of which texts are to be kept as they are in it, with their context indices."""
+
+    tokens: tuple[int, ...]
+    tenant: str
+    texts: tuple[tuple[int, bytes], ...]
+    """See `cachecraft.in_order`."""
+    wanted: tuple[tuple[Text, int, int], ...]
+    """Those to be kept, from the first token to behind the last; each begins with one of `texts`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,13 +93,15 @@ class IdleJobs:
         seen: Callable[[Text], ChunkKv | None],
         others: Callable[[Text, int], Sequence[tuple[int, ...]]],
         refined: Callable[[Refinement, ChunkKv], None],
+        indexed: Callable[[Text, str, ChunkKv], None],
         compared: Callable[[Compared], None],
     ) -> None:
         """`seen`: a chunk as a prompt computed it, if it is at hand. `others`: texts to compute a chunk behind. The
-        last two take the results.
+        last three take the results; `indexed` is told text and tenant.
         """
         self._checkpoint, self._stored, self._seen, self._others = checkpoint, stored, seen, others
-        self._refined, self._compared = refined, compared
+        self._refined, self._indexed, self._compared = refined, indexed, compared
+        self._observations: deque[Observation] = deque(maxlen=_MOST_OBSERVATIONS)
         self._refinements: OrderedDict[Text, Refinement] = OrderedDict()
         self._checks: deque[Check] = deque(maxlen=_MOST_CHECKS)
         self._job: Iterator[None] | None = None
@@ -91,7 +109,8 @@ class IdleJobs:
 
     def __len__(self) -> int:
         """Jobs that wait or are under way."""
-        return len(self._refinements) + len(self._checks) + (self._job is not None)
+        waiting = len(self._refinements) + len(self._observations) + len(self._checks)
+        return waiting + (self._job is not None)
 
     def refine(self, refinement: Refinement) -> None:
         """To be done; not twice at the same time."""
@@ -100,6 +119,12 @@ class IdleJobs:
         self._refinements.setdefault(refinement.text, refinement)
         if len(self._refinements) > _MOST_REFINEMENTS:
             self._refinements.popitem(last=False)
+
+    def observe(self, observation: Observation) -> None:
+        """To be done, but for texts that wait for that already: what comes of those may do for this prompt, too."""
+        waiting = {text for other in self._observations for text, *_ in other.wanted}
+        if wanted := tuple(one for one in observation.wanted if one[0] not in waiting):
+            self._observations.append(replace(observation, wanted=wanted))
 
     def check(self, check: Check) -> None:
         """To be done."""
@@ -122,6 +147,8 @@ class IdleJobs:
     def _next(self) -> Iterator[None] | None:
         if self._checks:
             return self._check(self._checks.popleft())
+        if self._observations:
+            return self._observe(self._observations.popleft())
         if self._refinements:
             return self._refine(self._refinements.popitem(last=False)[1])
         return None
@@ -152,6 +179,16 @@ class IdleJobs:
             versions.append(trial.taken(whole, len(after), len(whole)))
         several = self._stored == "mean"
         self._refined(job, averaged(versions) if several else measured(versions[0], versions[1:]))
+
+    def _observe(self, job: Observation) -> Iterator[None]:
+        """Not what the prompt had: that may have been computed behind chunks that are not exact."""
+        trial = Trial(self._checkpoint, len(job.tokens))
+        observer = Observer(job.texts, len(job.tokens), self._checkpoint.config.windows)
+        for _ in trial.pieces(job.tokens, PIECE, observer):
+            yield
+        for text, start, stop in job.wanted:
+            self._indexed(text, job.tenant, trial.taken(job.tokens, start, stop, observer.context(start, stop)))
+            yield
 
     def _check(self, job: Check) -> Iterator[None]:
         trial = Trial(self._checkpoint, len(job.tokens))

@@ -16,12 +16,21 @@ WIDTH = 16
 """Tokens of a block of the index: runs of twice as many are always found."""
 
 
+NAME = 8
+"""Bytes of a text's name in context indices: two texts that have the same one cost a few tokens too few, once."""
+
+
 class Text(NamedTuple):
     """A run of tokens of one owner, whatever versions of it are stored."""
 
     owner: str
     """As the store salts it; tells nothing of who it is."""
     digest: bytes
+
+    @property
+    def name(self) -> bytes:
+        """What context indices call it."""
+        return self.digest[:NAME]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,11 @@ ChunkEvent = ChunkStored | ChunkRemoved
 def text_of(owner: str, tokens: Sequence[int]) -> Text:
     """The identity of these tokens."""
     return Text(owner, blake2b(struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest())
+
+
+def name_of(tokens: Sequence[int]) -> bytes:
+    """What context indices call these tokens, whoever's they are."""
+    return text_of("", tokens).name
 
 
 @dataclass(slots=True)

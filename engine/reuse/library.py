@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -21,16 +21,18 @@ from cachestore.kv.threads import Workers, alone
 from engine.attention import KvPool
 from engine.checkpoint import Checkpoint
 from engine.reuse.borrowing import Borrowing, Keeping, Want
-from engine.reuse.chunks import ChunkKv
+from engine.reuse.cachecraft import in_order, unfit
+from engine.reuse.chunks import ChunkKv, names_before
 from engine.reuse.fetching import Fetch, Order
 from engine.reuse.figures import Figures
 from engine.reuse.gate import Gate
 from engine.reuse.hot import Held, Hot, size_of
-from engine.reuse.idle import Check, Compared, IdleJobs, Refinement
-from engine.reuse.known import ChunkEvent, ChunkRemoved, ChunkStored, Known, Match, Text, text_of
+from engine.reuse.idle import LONGEST, Check, Compared, IdleJobs, Observation, Refinement
+from engine.reuse.known import ChunkEvent, ChunkRemoved, ChunkStored, Known, Match, Text, name_of, text_of
 from engine.reuse.placing import take
 from engine.reuse.point import OperatingPoint
-from engine.reuse.writing import REFINED, SEEN, note_of, read_note, stacked
+from engine.reuse.versions import Versions
+from engine.reuse.writing import REFINED, SEEN, note_of, read_note, refined_as, stacked
 from engine.runner import Job
 from engine.sequence import Sequence as Row
 from engine.sequence import Used
@@ -88,7 +90,10 @@ class Library:
         self._known_prefix, self._emit, self._patience = known, tell, patience
         self._wake: Callable[[], None] = _nobody
         self.gate = Gate(point.most_loss, point.least_agreement)
-        self.hot, self.known = Hot(hot), Known(MOST_KNOWN)
+        self.hot, self.known, self.versions = Hot(hot), Known(MOST_KNOWN), Versions(point.versions)
+        refined = [refined_as(slot) for slot in range(point.versions + 1)] if point.indexed else [REFINED]
+        self._variants = (*refined, SEEN)
+        """What a text is stored as, the best first."""
         self._controller, self._controlled = Controller(apart=checkpoint.device.type != "cpu"), threading.Lock()
         self._random = random.Random(seed)
         self._counts = _Counts()
@@ -98,13 +103,15 @@ class Library:
             seen=self._seen,
             others=self.known.others,
             refined=self._take_refined,
+            indexed=self._take_indexed,
             compared=self._take_compared,
         )
-        self._worse: dict[Text, Chunk] = {}
-        """What goes when the refined version is stored."""
+        self._worse: dict[Text, tuple[Chunk, ...]] = {}
+        """What goes when a refined version is stored."""
         self._keeping: list[Keeping] = []
         """Of the worker."""
-        self._keys: dict[Key, tuple[Text, str]] = {}
+        self._keys: dict[Key, tuple[Text, str, int]] = {}
+        """Of what is stored: the text, as what, and in which slot."""
         self._books = threading.Lock()
         self._closed = threading.Event()
         self._checked, self._check_from = True, 0.0
@@ -204,15 +211,33 @@ class Library:
         """To be taken out of the pool as soon as nobody waits for that."""
         self._keeping.append(keeping)
 
-    def fetched(self, fetch: Fetch, index: int) -> ChunkKv | None:
+    def fetched(self, fetch: Fetch, index: int) -> Held | None:
         """What came whole, from now on hot as well."""
         chunk, noted = fetch.chunk(index), fetch.note(index)
-        if chunk is not None and noted is not None:
-            self._warm(fetch.orders[index].text, Held(chunk, noted.refined))
-        return chunk
+        if chunk is None or noted is None:
+            return None
+        self._warm(fetch.orders[index].text, held := Held(chunk, noted.refined, noted.slot))
+        return held
+
+    def observe(self, job: Job, texts: Sequence[tuple[int, bytes]], spans: Sequence[tuple[int, int]]) -> None:
+        """Have these texts of a prompt kept as they are in it, with their context indices, when there is time."""
+        wanted = []
+        for start, stop in sorted(spans):
+            text = self.text(job, job.prompt[start:stop])
+            if stop <= LONGEST and not self.versions.familiar(text, names_before(texts, start)):
+                wanted.append((text, start, stop))
+        if not wanted:
+            return
+        # Where a text is kept in pieces, each begins one of its own.
+        begun = {**{start: text.name for text, start, _ in wanted}, **dict(texts[1:])}
+        stop = wanted[-1][2]
+        before = (texts[0], *((start, name) for start, name in sorted(begun.items()) if start < stop))
+        self.idle_jobs.observe(Observation(tuple(job.prompt[:stop]), job.tenant, before, tuple(wanted)))
 
     def refine(self, match: Match, job: Job) -> None:
-        """Have a text computed again when there is time, unless it was."""
+        """Have a text computed again when there is time, unless it was, or is observed."""
+        if self.point.indexed:
+            return
         held = self.hot.get(match.text)
         if REFINED in self.known.holders(match.text) or (held is not None and held.refined):
             return
@@ -251,24 +276,46 @@ class Library:
             if start < first or any(match.start < stop and start < match.stop for match in found):
                 continue
             tokens = tuple(row.prompt[start:stop])
-            if any(self.store.may_have(chunk) for chunk in _versions(tokens, job.tenant)):
+            if any(True for _ in self._stored(tokens, job.tenant)):
                 found.append(Match(text_of(owner, tokens), tokens, start, stop, 0))
         return sorted(found, key=lambda match: match.start)
 
     def _borrowing(self, job: Job, row: Row, matches: Sequence[Match]) -> Borrowing:
+        texts = self._texts(job, matches) if self.point.indexed else ()
         wants: list[Want] = []
         orders: list[Order] = []
         for match in matches:
-            held = self.hot.get(match.text)
+            prefix = names_before(texts, match.start)
+            held = self.hot.get(match.text, prefix)
+            if held is not None and self._outdone(match.text, held, prefix):
+                held = None
             if held is None:
-                versions = tuple(c for c in _versions(match.tokens, job.tenant) if self.store.may_have(c))
+                versions = tuple(self._stored(match.tokens, job.tenant))
                 if not versions:
                     continue
-                orders.append(Order(match.text, versions, match.stop - match.start))
+                orders.append(Order(match.text, versions, match.stop - match.start, prefix))
             wants.append(Want(match, held, len(orders) - 1 if held is None else None))
         rest = len(row.prompt) - self._known_prefix(row) - sum(order.count for order in orders)
         fetch = self._fetch(orders, rest) if orders else None
-        return Borrowing(self, job, wants, fetch)
+        return Borrowing(self, job, wants, fetch, texts)
+
+    def _outdone(self, text: Text, held: Held, prefix: Sequence[bytes]) -> bool:
+        """Whether another version, which is stored, is better than the one that is hot."""
+        stored = self.versions.least(text, prefix, held.slot if held.refined else None)
+        return stored < unfit(held.chunk.context, prefix)
+
+    def _stored(self, tokens: tuple[int, ...], tenant: str) -> Iterator[Chunk]:
+        """What of a text may be stored, the best first."""
+        named = (Chunk(tokens, tenant, variant) for variant in self._variants)
+        return filter(self.store.may_have, named)
+
+    def _texts(self, job: Job, matches: Sequence[Match]) -> tuple[tuple[int, bytes], ...]:
+        """All texts of a prompt by where they begin: what is known, and what its client marked beside that."""
+        found = [(match.start, match.text.name) for match in matches]
+        for start, stop in job.spans:
+            if not any(match.start < stop and start < match.stop for match in matches):
+                found.append((start, name_of(job.prompt[start:stop])))
+        return in_order(job.prompt, found)
 
     def _fetch(self, orders: Sequence[Order], rest: int) -> Fetch:
         def plan(wanted: Sequence[Wanted]) -> Plan:
@@ -301,12 +348,13 @@ class Library:
         for gone in self.hot.put(text, held):
             self.known.remove(gone, _POOL)
 
-    def _store(self, chunk: Chunk, kv: ChunkKv, *, refined: bool) -> bool:
+    def _store(self, chunk: Chunk, kv: ChunkKv, *, refined: bool, slot: int = 0) -> bool:
         """Whether it was taken; never waits."""
-        slot = self.store.prepare_store(chunk, self.point.codec)
-        if not isinstance(slot, Slot):
+        taken = self.store.prepare_store(chunk, self.point.codec)
+        if not isinstance(taken, Slot):
             return False
-        self.store.complete_store(slot, stacked(kv), importance=kv.sensitivity, note=note_of(kv, refined=refined))
+        note = note_of(kv, refined=refined, slot=slot)
+        self.store.complete_store(taken, stacked(kv), importance=kv.sensitivity, note=note)
         return True
 
     def _happened(self, event: Happening) -> None:
@@ -323,25 +371,29 @@ class Library:
 
     def _now_kept(self, event: Kept) -> None:
         noted = read_note(event.note, len(event.tokens))
-        text, holder = text_of(event.key[0], event.tokens), REFINED if noted.refined else SEEN
+        text, holder = text_of(event.key[0], event.tokens), refined_as(noted.slot) if noted.refined else SEEN
         with self._books:
-            self._keys[event.key] = (text, holder)
-            worse = self._worse.pop(text, None) if noted.refined else None
-        first = not self.known.holders(text) & {SEEN, REFINED}
+            self._keys[event.key] = (text, holder, noted.slot)
+            worse = self._worse.pop(text, ()) if noted.refined else ()
+        if self.point.indexed and noted.refined:
+            self.versions.add(text, noted.slot, noted.context)
+        first = not self.known.holders(text) - {_POOL}
         self.known.add(text, event.tokens, holder)
         if first and self._emit is not None:
             self._emit(ChunkStored(_told(text), event.tokens))
-        if worse is not None:
-            self.store.discard(worse)
+        for chunk in worse:
+            self.store.discard(chunk)
 
     def _now_gone(self, key: Key) -> None:
         with self._books:
             entry = self._keys.pop(key, None)
         if entry is None:
             return
-        text, holder = entry
+        text, holder, slot = entry
         self.known.remove(text, holder)
-        if not self.known.holders(text) & {SEEN, REFINED} and self._emit is not None:
+        if holder != SEEN:
+            self.versions.remove(text, slot)
+        if not self.known.holders(text) - {_POOL} and self._emit is not None:
             self._emit(ChunkRemoved(_told(text)))
 
     def _recall(self) -> None:
@@ -359,13 +411,22 @@ class Library:
         return None if held is None else held.chunk
 
     def _take_refined(self, job: Refinement, chunk: ChunkKv) -> None:
+        self._put_refined(job.text, job.tenant, chunk, 0, ())
+
+    def _take_indexed(self, text: Text, tenant: str, chunk: ChunkKv) -> None:
+        if (room := self.versions.room(text)) is not None:
+            slot, goes = room
+            self._put_refined(text, tenant, chunk, slot, () if goes is None else (refined_as(goes),))
+
+    def _put_refined(self, text: Text, tenant: str, chunk: ChunkKv, slot: int, worse: Sequence[str]) -> None:
+        """Keep it in this slot; once it is stored, those variants go, and what the prompt had computed."""
         self._counts.refined += 1
-        self._warm(job.text, Held(chunk, refined=True))
+        self._warm(text, Held(chunk, refined=True, slot=slot))
         with self._books:
-            self._worse[job.text] = Chunk(job.tokens, job.tenant, SEEN)
-        if not self._store(Chunk(job.tokens, job.tenant, REFINED), chunk, refined=True):
+            self._worse[text] = tuple(Chunk(chunk.tokens, tenant, variant) for variant in (SEEN, *worse))
+        if not self._store(Chunk(chunk.tokens, tenant, refined_as(slot)), chunk, refined=True, slot=slot):
             with self._books:
-                self._worse.pop(job.text, None)
+                self._worse.pop(text, None)
 
     def _take_compared(self, compared: Compared) -> None:
         if not self.gate.observe(compared.kl, compared.agrees):
@@ -379,11 +440,6 @@ class Library:
                 "calibrate the model anew",
                 self.point.most_loss,
             )
-
-
-def _versions(tokens: tuple[int, ...], tenant: str) -> tuple[Chunk, Chunk]:
-    """What a text is stored as, the best first."""
-    return Chunk(tokens, tenant, REFINED), Chunk(tokens, tenant, SEEN)
 
 
 def _told(text: Text) -> bytes:

@@ -32,6 +32,11 @@ SelectorName = Literal["full", "none", "epic", "cacheblend", "kvshare", "cachecr
 Stored = Literal["mean", "head", "alone", "seen"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+_MOST_VERSIONS = 16
+
+MOST_REPAIRED = 7
+"""Tokens computed beside each one drawn; what KVShare has (arXiv 2503.16525)."""
+
 _LAYER = 1
 """Check layer of those that have one."""
 
@@ -93,13 +98,21 @@ class OperatingPoint:
     """Share of blended requests that is compared with full computing when there is time."""
     least: int = 64
     """Tokens of a text that is worth keeping as a chunk."""
+    versions: int = 3
+    """Chunks of one text, from several contexts, that are kept at most where context indices choose between them."""
     repair: int = 0
-    """Tokens computed again with each token drawn, of those that were not in the prefill."""
+    """Tokens computed again with each token drawn, of those that were not in the prefill: those first that the
+    selector finds are missed most, where it looks, else the first ones."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch calls it."""
         return cast(torch.dtype, getattr(torch, self.dtype))
+
+    @property
+    def indexed(self) -> bool:
+        """Whether chunks are kept with their context index, and in several versions."""
+        return self.selector == "cachecraft"
 
     def made(self, ratio: float | None = None) -> Selector:
         """Its selector; with a larger ratio than the point's where there is time for more."""
@@ -142,12 +155,14 @@ class _Reader:
 
     def point(self, raw: dict[str, Any]) -> OperatingPoint:
         known = {field.name: field for field in fields(OperatingPoint)}
-        optional = {"least_agreement", "check_share", "least", "repair"}
+        optional = {"least_agreement", "check_share", "least", "versions", "repair"}
         self._closed(raw, set(known), optional)
         given = {**{name: known[name].default for name in optional}, **raw}
         loss = given["loss"]
         if not isinstance(loss, dict):
             raise self._wrong("loss", loss, "an object")
+        if given["selector"] == "cachecraft" and given["stored"] != "seen":
+            raise self._wrong("stored", given["stored"], "seen, as the selector cachecraft needs it")
         self._closed(loss, {field.name for field in fields(Loss)}, set(), "loss.")
         return OperatingPoint(
             model=self._text("model", given["model"]),
@@ -165,7 +180,8 @@ class _Reader:
             least_agreement=self._number("least_agreement", given["least_agreement"], most=1.0, above=True),
             check_share=self._number("check_share", given["check_share"], most=1.0),
             least=self._count("least", given["least"], 1),
-            repair=self._count("repair", given["repair"], 0),
+            versions=self._count("versions", given["versions"], 1, _MOST_VERSIONS),
+            repair=self._count("repair", given["repair"], 0, MOST_REPAIRED),
         )
 
     def _closed(self, raw: Mapping[str, Any], known: set[str], optional: set[str], prefix: str = "") -> None:
@@ -194,7 +210,8 @@ class _Reader:
             raise self._wrong(key, value, f"a number {least}" + ("" if most == math.inf else f" and up to {most:g}"))
         return float(value)  # type: ignore[arg-type]
 
-    def _count(self, key: str, value: object, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(key, value, f"a whole number of at least {least}")
+    def _count(self, key: str, value: object, least: int, most: float = math.inf) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            above = "" if most == math.inf else f" and at most {most}"
+            raise self._wrong(key, value, f"a whole number of at least {least}{above}")
         return value

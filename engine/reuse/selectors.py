@@ -29,6 +29,10 @@ class Chosen:
         """Never asked."""
         raise NotImplementedError
 
+    def missed(self, look: Look) -> Tensor | None:
+        """Nor is this."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
 class Full(Chosen):
@@ -100,6 +104,10 @@ class CacheBlend:
         """See `Selector`."""
         return best(deviation(look, self.score), look.reused, share(dict(self.stages)[layer], look.count))
 
+    def missed(self, look: Look) -> Tensor | None:
+        """See `Selector`."""
+        return deviation(look, self.score)
+
 
 @dataclass(frozen=True, slots=True)
 class KvShare:
@@ -124,6 +132,10 @@ class KvShare:
     def narrow(self, layer: int, look: Look) -> Tensor:
         """See `Selector`."""
         return best(influence(look), look.reused, share(self.ratio, look.count))
+
+    def missed(self, look: Look) -> Tensor | None:
+        """See `Selector`. A mean over the tokens that ask: pieces have more of them and fewer."""
+        return influence(look) / int(look.asking.sum())
 
 
 def deviation(look: Look, score: Deviation) -> Tensor:

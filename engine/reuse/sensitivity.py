@@ -102,3 +102,7 @@ class Early:
         if not self.ratio:
             return torch.zeros_like(look.reused)
         return Sensitive(self.ratio).choose(look.prompt).to(look.positions.device)[look.positions]
+
+    def missed(self, look: Look) -> Tensor | None:
+        """Not known: sensitivities are of all layers, and up to here nothing is missed."""
+        return None

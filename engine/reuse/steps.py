@@ -20,11 +20,11 @@ from torch import Tensor
 
 from engine.attention import LayerPool, Packed
 from engine.model import Turned
-from engine.reuse.blending import Selector, look_at
+from engine.reuse.blending import Look, Selector, look_at
 from engine.reuse.chunks import BlendPrompt
 from engine.reuse.placing import Placing
 from engine.rope import Rope
-from engine.sequence import Positions
+from engine.sequence import Dropped, Positions
 
 log = logging.getLogger("hitpath.engine")
 
@@ -49,6 +49,8 @@ class Blended:
     selector: Selector
     source: Source | None = None
     """None: the chunks have their layers."""
+    ranked: bool = False
+    """Kept tokens will be repaired beside those drawn: what is dropped is told with what it costs."""
 
     def kept(self) -> Positions:
         """Those that `selector` says are not computed, before it has seen anything."""
@@ -83,16 +85,19 @@ class StepBlend:
         self._checks = frozenset(layer for piece in pieces.values() for layer in piece.blended.selector.checks)
         self._left: dict[int, Tensor] = {}
         """Positions still computed, where some were dropped."""
+        self._missed: dict[int, Tensor] = {}
+        """Where that is asked for and known: float32, what each token of a piece is missed where it was dropped."""
         self.lost: set[int] = set()
         """Places of those whose chunks did not all come."""
 
-    def dropped(self) -> dict[int, Positions]:
+    def dropped(self) -> dict[int, Dropped]:
         """By place in the step, the tokens that were not computed in all layers."""
-        return {
-            index: np.setdiff1d(self._pieces[index].rows, left.cpu().numpy(), assume_unique=True)
-            for index, left in self._left.items()
-            if index not in self.lost
-        }
+        return {index: self._dropped(index, left) for index, left in self._left.items() if index not in self.lost}
+
+    def _dropped(self, index: int, left: Tensor) -> Dropped:
+        positions = np.setdiff1d(self._pieces[index].rows, left.cpu().numpy(), assume_unique=True)
+        missed = self._missed.get(index)
+        return Dropped(positions, None if missed is None else missed[positions - self._pieces[index].start].numpy())
 
     def before(self, layer: int, memory: LayerPool, packed: Packed) -> tuple[Tensor, Tensor] | None:
         """See `Narrowing`."""
@@ -111,7 +116,9 @@ class StepBlend:
             if layer not in piece.blended.selector.checks or index in self.lost:
                 continue
             rows = slice(ends[index] - counts[index], ends[index])
-            stays[rows] = _stays(layer, piece, turned, index, rows)
+            look = _look(piece, turned, index, rows)
+            stays[rows] = _stays(layer, piece, look)
+            self._miss(index, look, ~stays[rows])
             self._left[index] = packed.positions[rows][stays[rows]]
             counts[index] = len(self._left[index])
         if sum(counts) == len(stays):
@@ -121,6 +128,14 @@ class StepBlend:
             firsts[index] = int(left[0])
         kept = stays.nonzero()[:, 0]
         return kept, packed.narrowed(kept, tuple(counts), tuple(firsts))
+
+    def _miss(self, index: int, look: Look, dropped: Tensor) -> None:
+        """Take down what the dropped rows of a piece are missed."""
+        piece = self._pieces[index]
+        if not piece.blended.ranked or (missed := piece.blended.selector.missed(look)) is None:
+            return
+        known = self._missed.setdefault(index, torch.full((piece.stop - piece.start,), -torch.inf))
+        known[(look.positions[dropped] - piece.start).cpu()] = missed[dropped].cpu()
 
 
 class _Coming:
@@ -150,10 +165,14 @@ class _Coming:
             return []
 
 
-def _stays(layer: int, piece: Piece, turned: Turned, index: int, rows: slice) -> Tensor:
-    """bool: which rows of a piece are computed further."""
+def _look(piece: Piece, turned: Turned, index: int, rows: slice) -> Look:
+    """What there is to see of a piece."""
     prompt = piece.blended.prompt
-    look = look_at(prompt, int(prompt.reused[piece.start : piece.stop].sum()), turned, index, rows)
+    return look_at(prompt, int(prompt.reused[piece.start : piece.stop].sum()), turned, index, rows)
+
+
+def _stays(layer: int, piece: Piece, look: Look) -> Tensor:
+    """bool: which rows of a piece are computed further."""
     stays = piece.blended.selector.narrow(layer, look) | ~look.reused
     stays[-1] = True
     return stays

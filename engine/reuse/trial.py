@@ -47,12 +47,12 @@ class Trial:
         rows = torch.arange(len(tokens), device=self._slots.device)
         return self._run(tokens, rows, last, narrowing)
 
-    def pieces(self, tokens: Sequence[int], size: int) -> Iterator[Tensor]:
+    def pieces(self, tokens: Sequence[int], size: int, narrowing: Narrowing | None = None) -> Iterator[Tensor]:
         """As `compute`, so many tokens at a time; the last tensor, logits [1, V], is what the last token says."""
         for start in range(0, len(tokens), size):
             stop = min(start + size, len(tokens))
             rows = torch.arange(start, stop, device=self._slots.device)
-            yield self._run(tokens[:stop], rows, 1, None, span=len(tokens))
+            yield self._run(tokens[:stop], rows, 1, narrowing, span=len(tokens))
 
     def continued(self, tokens: Sequence[int], count: int, draw: Callable[[Tensor], int]) -> list[int]:
         """So many tokens more, each drawn from the scores [V] of the one before."""
@@ -83,6 +83,17 @@ class Trial:
         """As `blend`, for who wants to see afterwards what was computed."""
         place(self._pool, prompt, self._slots[: len(prompt.tokens)], self._checkpoint.model.rope, turned=turned)
         return self._run(prompt.tokens, blend.rows, last, blend)
+
+    def decoded(self, tokens: Sequence[int], first: int, repairs: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [N - first, V] of the tokens from `first` on, one at a time as drawn ones are, behind what is there.
+
+        `repairs`: beside each of them, the tokens before that are computed again; ascending.
+        """
+        steps = zip(range(first, len(tokens)), repairs, strict=True)
+        device = self._slots.device
+        return torch.cat(
+            [self._run(tokens[: at + 1], torch.tensor([*rows, at], device=device), 1, None) for at, rows in steps]
+        )
 
     def _run(
         self, tokens: Sequence[int], rows: Tensor, last: int, narrowing: Narrowing | None, span: int | None = None

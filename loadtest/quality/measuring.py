@@ -11,11 +11,12 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.reuse.blending import Blend
-from engine.reuse.cachecraft import Observer, context_index
+from engine.reuse.cachecraft import Observer, in_order
 from engine.reuse.chunks import ChunkKv
+from engine.reuse.known import name_of
 from engine.reuse.sensitivity import averaged, measured
 from engine.reuse.trial import Trial, operations
-from loadtest.quality.methods import Case, Method, Stored, name_of
+from loadtest.quality.methods import Case, Method, Stored
 from loadtest.quality.statistics import divergence
 from loadtest.quality.tasks import SUFFIX, Prompt
 
@@ -69,14 +70,14 @@ class Bench:
         return {stored: tuple(chunks) for stored, chunks in found.items()}
 
     def _seen(self, earlier: Prompt, prompt: Prompt) -> tuple[ChunkKv, ...]:
-        ends = np.cumsum([len(earlier.head), *map(len, earlier.chunks), len(earlier.suffix)]).tolist()
-        names = [b"head", *map(name_of, earlier.chunks), b"suffix"]
-        observer = Observer(ends)
+        starts = np.cumsum([len(earlier.head), *map(len, earlier.chunks)]).tolist()
+        texts = in_order(earlier.tokens, zip(starts, map(name_of, earlier.chunks), strict=False))
+        observer = Observer(texts, len(earlier.tokens), self.checkpoint.config.windows)
         self._store.compute(earlier.tokens, 1, observer)
         found = {}
-        for which, chunk in enumerate(earlier.chunks, start=1):
-            context = context_index(observer.mass, names, ends, which)
-            found[chunk] = self._store.taken(earlier.tokens, ends[which - 1], ends[which], context)
+        for start, chunk in zip(starts, earlier.chunks, strict=False):
+            stop = start + len(chunk)
+            found[chunk] = self._store.taken(earlier.tokens, start, stop, observer.context(start, stop))
         return tuple(found[chunk] for chunk in prompt.chunks)
 
 

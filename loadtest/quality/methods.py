@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.reuse.blending import Selector, best, share
-from engine.reuse.cachecraft import CacheCraft
+from engine.reuse.cachecraft import CacheCraft, in_order
 from engine.reuse.chunks import BlendPrompt, ChunkKv, Placed
+from engine.reuse.known import name_of
 from engine.reuse.selectors import CacheBlend, Chosen, Epic, Full, KvShare, Nothing, Random
 from engine.reuse.sensitivity import Early, Sensitive, deviation_of
 from loadtest.quality.tasks import Prompt
@@ -42,12 +42,8 @@ class Case:
         for chunk in self.stored[stored]:
             placed.append(Placed(chunk, start, 0, len(chunk.tokens), name=name_of(chunk.tokens)))
             start += len(chunk.tokens)
-        return BlendPrompt(self.prompt.tokens, tuple(placed))
-
-
-def name_of(tokens: tuple[int, ...]) -> bytes:
-    """What a chunk is called in others' context indices."""
-    return np.asarray(tokens, dtype=np.int32).tobytes()
+        texts = in_order(self.prompt.tokens, ((piece.start, piece.name) for piece in placed))
+        return BlendPrompt(self.prompt.tokens, tuple(placed), texts)
 
 
 @dataclass(frozen=True, slots=True)

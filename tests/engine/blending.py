@@ -58,6 +58,8 @@ class Chunks:
     """Still on their way, …"""
     needed: bool = False
     """… and worth waiting for even when nobody else runs."""
+    ranked: bool = False
+    """Whether what is dropped is told with what it costs."""
     calls: list[str] = field(default_factory=list)
     taken: list[ChunkKv] = field(default_factory=list)
 
@@ -69,7 +71,7 @@ class Chunks:
 
     def admitted(self, sequence: Row) -> Blended | None:
         self.calls.append("admitted")
-        return Blended(self.prompt, self.selector, self)
+        return Blended(self.prompt, self.selector, self, self.ranked)
 
     def released(self, sequence: Row) -> None:
         self.calls.append("released")

@@ -116,14 +116,22 @@ def test_everything_is_measured_and_more_is_closer(tiny: Checkpoint) -> None:
     samples = [sample for example in examples if (sample := sample_of(example, tiny.tokenizer, 64)) is not None]
     assert len(samples) == 3
     few = [NONE, MORE, Candidate("full", 1.0, "alone"), Candidate("none", 0.0, "alone")]
+    few += [Candidate("kvshare", 0.1, "alone", repair) for repair in (0, 4, 7)]
+    few += [Candidate("none", 0.0, "seen"), Candidate("cachecraft", 0.25, "seen"), Candidate("cachecraft", 0.5, "seen")]
     *_, table = Calibration(tiny, samples, "raw").run(few)
     losses = {one: findings.loss for one, findings in table.items()}
     assert losses[few[2]].kl < 1e-6
     assert losses[few[2]].agreement == 1.0
     assert losses[MORE].kl < losses[NONE].kl
+    assert losses[few[6]].kl < losses[few[5]].kl < losses[few[4]].kl
+    assert table[few[4]].operations < table[few[5]].operations < table[few[6]].operations
+    assert losses[few[9]].kl < losses[few[8]].kl < losses[few[7]].kl
+    assert table[few[7]].operations < table[few[8]].operations < table[few[9]].operations
     assert all(len(findings.kl) == 3 for findings in table.values())
     assert table_of(table, MORE).count("<") == 1
     assert {one.stored for one in grid()} == {"mean", "head", "seen", "alone"}
+    assert {one.selector for one in grid() if one.repair} == {"kvshare"}
+    assert {one.stored for one in grid() if one.selector == "cachecraft"} == {"seen"}
 
 
 def test_the_command_line_writes_a_point_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from cachestore.kv import Chunk, Geometry, KvStore, Options, Slot, note_size
 from cachestore.kv.controller import Choice, Loaded, Plan, Recomputed, Wanted
 from cachestore.kv.shelf import Blob, MemoryShelf, Ticket, Tier
-from engine.reuse.chunks import ChunkKv
+from engine.reuse.cachecraft import overlap
+from engine.reuse.chunks import ChunkKv, ContextIndex
 from engine.reuse.fetching import Fetch, Order
 from engine.reuse.hot import Held, Hot
 from engine.reuse.idle import compared
 from engine.reuse.known import Known, text_of
-from engine.reuse.writing import REFINED, SEEN, note_of, read_note, stacked
+from engine.reuse.writing import REFINED, SEEN, note_of, read_note, refined_as, stacked
 
 LAYERS, HEADS, SIZE = 3, 2, 4
 GEOMETRY = Geometry("weights", LAYERS, HEADS, SIZE, torch.float32)
@@ -57,9 +59,41 @@ def test_a_note_says_what_was_written(
     assert sensitivity is None or torch.equal(again.sensitivity, sensitivity)  # type: ignore[arg-type]
 
 
+@given(st.integers(1, 40), st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 1), st.integers(0, 16))
+@settings(max_examples=100, deadline=None)
+def test_a_note_has_the_context_index_as_far_as_there_is_room(
+    count: int, inter: list[float], impact: float, slot: int
+) -> None:
+    names = tuple(bytes([place + 1] * 8) for place in range(len(inter)))
+    outside = torch.linspace(0, 1, count)
+    chunk = chunk_of(range(count), before=7, context=ContextIndex(names, tuple(inter), outside, impact))
+    note = note_of(chunk, refined=True, slot=slot)
+    assert len(note) <= note_size(count)
+    noted = read_note(note.ljust(note_size(count), b"\0"), count)
+    assert (noted.refined, noted.slot, noted.before) == (True, slot, 7)
+    context = noted.context
+    most = (note_size(count) - 18 - 2 * count) // 10
+    if most < len(inter) and most < 2:
+        assert context is None
+        return
+    assert context is not None
+    assert context.impact == pytest.approx(impact, rel=1e-6)
+    torch.testing.assert_close(context.outside, outside, atol=1e-3, rtol=0)
+    assert len(context.prefix) == min(most, len(inter))
+    assert context.prefix[0] == names[0]
+    known = dict(zip(names, inter, strict=True))
+    for name, mass in zip(context.prefix, context.inter, strict=True):
+        assert name not in known or mass == pytest.approx(min(known[name], 65_000), rel=1e-3, abs=1e-6)
+    assert [name for name in context.prefix if name in known] == sorted(name for name in context.prefix if any(name))
+    if len(inter) <= most:
+        assert overlap(context, names) == 1.0
+
+
 def test_a_chunk_without_a_note_is_a_plain_one() -> None:
     noted = read_note(b"", 5)
-    assert (noted.refined, noted.before, noted.span, noted.sensitivity) == (False, 0, None, None)
+    assert (noted.refined, noted.slot, noted.before, noted.span) == (False, 0, 0, None)
+    assert noted.sensitivity is None
+    assert noted.context is None
 
 
 # Known
@@ -176,21 +210,21 @@ class Fetching:
         self.executor = ThreadPoolExecutor(1)
         self.changes = 0
 
-    def keep(self, chunk: ChunkKv, variant: str, *, refined: bool = False) -> Chunk:
+    def keep(self, chunk: ChunkKv, variant: str, *, refined: bool = False, slot: int = 0) -> Chunk:
         named = Chunk(chunk.tokens, "t", variant)
-        slot = self.store.prepare_store(named)
-        assert isinstance(slot, Slot)
-        self.store.complete_store(slot, stacked(chunk), note=note_of(chunk, refined=refined))
+        taken = self.store.prepare_store(named)
+        assert isinstance(taken, Slot)
+        self.store.complete_store(taken, stacked(chunk), note=note_of(chunk, refined=refined, slot=slot))
         assert self.store.flush(5)
         return named
 
-    def begin(self, *orders: tuple[Chunk, ...], patience: float = 5.0) -> Fetch:
+    def begin(self, *orders: tuple[Chunk, ...], patience: float = 5.0, prefix: tuple[bytes, ...] = ()) -> Fetch:
         def changed() -> None:
             self.changes += 1
 
         return Fetch(
             self.store,
-            [Order(text_of("t", versions[0].tokens), versions, len(versions[0].tokens)) for versions in orders],
+            [Order(text_of("t", order[0].tokens), order, len(order[0].tokens), prefix) for order in orders],
             all_loaded,
             executor=self.executor,
             changed=changed,
@@ -225,6 +259,24 @@ def test_layers_are_waited_for_and_the_best_version_is_taken() -> None:
     assert fetch.note(2) is None
     assert fetch.chunk(2) is None
     assert fetch.tiers == {0: Tier.MEMORY, 1: Tier.MEMORY}
+    fetching.close()
+
+
+def test_of_several_versions_the_one_from_the_nearest_context_is_taken() -> None:
+    fetching = Fetching()
+    fetching.shelf.go.set()
+    kept = []
+    for slot, name in enumerate((b"x" * 8, b"y" * 8, b"z" * 8)):
+        context = ContextIndex((b"h" * 8, name), (1.0, 1.0), torch.zeros(40), 0.9)
+        chunk = chunk_of(words(1), before=slot + 1, context=context)
+        kept.append(fetching.keep(chunk, refined_as(slot), refined=True, slot=slot))
+    for slot, name in ((1, b"y" * 8), (2, b"z" * 8), (0, b"w" * 8)):
+        fetch = fetching.begin((*kept, Chunk(words(1), "t", SEEN)), prefix=(b"h" * 8, name))
+        while not fetch.over:
+            time.sleep(0.001)
+        noted = fetch.note(0)
+        assert noted is not None
+        assert (noted.slot, noted.before) == (slot, slot + 1)
     fetching.close()
 
 

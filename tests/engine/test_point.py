@@ -27,7 +27,8 @@ POINT = OperatingPoint(
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    for point in (POINT, replace(POINT, check_share=0.5, least=32, repair=2)):
+    craft = replace(POINT, selector="cachecraft", stored="seen", versions=5)
+    for point in (POINT, replace(POINT, check_share=0.5, least=32, repair=2), craft):
         point.save(tmp_path / FILE)
         assert load(tmp_path / FILE) == point
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -36,7 +37,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_what_is_usual_may_be_left_out(tmp_path: Path) -> None:
     POINT.save(tmp_path / FILE)
     raw = json.loads((tmp_path / FILE).read_text())
-    for key in ("check_share", "least", "repair"):
+    for key in ("check_share", "least", "versions", "repair"):
         del raw[key]
     (tmp_path / FILE).write_text(json.dumps(raw))
     assert load(tmp_path / FILE) == POINT
@@ -71,7 +72,11 @@ def test_the_ratio_is_never_below_the_points() -> None:
         ("most_loss", 0, "most_loss: expected a number above 0, got 0"),
         ("least_agreement", 1.1, "least_agreement: expected a number above 0 and up to 1"),
         ("least", 0, "least: expected a whole number of at least 1"),
+        ("selector", "cachecraft", "stored: expected seen, as the selector cachecraft needs it, got 'head'"),
+        ("versions", 0, "versions: expected a whole number of at least 1 and at most 16, got 0"),
+        ("versions", 17, "versions: expected a whole number of at least 1 and at most 16, got 17"),
         ("repair", 1.0, "repair: expected a whole number"),
+        ("repair", 8, "repair: expected a whole number of at least 0 and at most 7, got 8"),
         ("speed", 1, "speed: no such key"),
     ],
 )

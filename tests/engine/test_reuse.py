@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import Checkpoint, load_checkpoint
-from engine.reuse.blending import Blend, Selector, best, share
-from engine.reuse.cachecraft import CacheCraft, Observer, context_index, overhead, overlap, version
-from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed
+from engine.reuse.blending import Blend, Look, Selector, best, share
+from engine.reuse.cachecraft import CacheCraft, Observer, familiar, in_order, overhead, overlap, unfit
+from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed, names_before
+from engine.reuse.known import name_of
 from engine.reuse.placing import moved, turn
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
 from engine.reuse.sensitivity import Early, Sensitive, averaged, deviation_of, measured
@@ -242,38 +243,130 @@ def test_share() -> None:
     assert [share(0.0, 9), share(0.01, 9), share(0.5, 9), share(1.0, 9), share(0.3, 0)] == [0, 1, 4, 9, 0]
 
 
+def test_texts_of_a_prompt_in_order() -> None:
+    tokens = some(30, 1)
+    assert in_order(tokens, [(9, b"two"), (4, b"one")]) == ((0, name_of(tokens[:4])), (4, b"one"), (9, b"two"))
+    assert in_order(tokens, [(0, b"one")]) == ((0, name_of(())), (0, b"one"))
+    texts = in_order(tokens, [(9, b"two"), (4, b"one")])
+    found = [names_before(texts, start) for start in (9, 4)]
+    assert found == [(name_of(tokens[:4]), b"one"), (name_of(tokens[:4]),)]
+    assert BlendPrompt(tokens, ()).texts == ((0, b""),)
+    assert in_order(tokens, []) == ((0, name_of(tokens)),)
+
+
+def watched(checkpoint: Checkpoint, tokens: list[int], texts: Any, size: int) -> Observer:
+    observer = Observer(texts, len(tokens), checkpoint.config.windows)
+    for _ in Trial(checkpoint, 64).pieces(tokens, size, observer):
+        pass
+    return observer
+
+
 def test_context_index_of_a_real_prompt(plain: Checkpoint) -> None:
-    ends, names = [4, 16, 30], [b"head", b"one", b"two"]
-    observer = Observer(ends)
-    Trial(plain, 64).compute(some(30, 1), 1, observer)
+    tokens = some(30, 1)
+    observer = watched(plain, tokens, ((0, b"head"), (4, b"one"), (16, b"two")), 30)
     torch.testing.assert_close(observer.mass.sum(1), torch.ones(30))
     assert float(observer.mass[:4, 1:].sum()) == 0.0
-    context = context_index(observer.mass, names, ends, 2)
+    context = observer.context(16, 27)
     assert context.prefix == (b"head", b"one")
     assert len(context.inter) == 2
     assert 0.0 < context.impact < 1.0
+    assert context.outside.shape == (11,)
     assert float(context.outside.sum()) == pytest.approx(sum(context.inter), rel=1e-5)
+    first = watched(plain, tokens, ((0, b"empty"), (0, b"one"), (16, b"two")), 30).context(0, 16)
+    assert (first.prefix, first.inter, float(first.outside.max())) == ((b"empty",), (0.0,), 0.0)
+
+
+def test_observed_attention_is_that_of_the_selectors_and_the_same_in_pieces(variant: Checkpoint) -> None:
+    """Each token a text of its own, so that what is summed up is the attention itself."""
+    tokens = some(30, 1)
+    texts = tuple((place, bytes([place])) for place in range(30))
+    mass = watched(variant, tokens, texts, 30).mass
+    torch.testing.assert_close(watched(variant, tokens, texts, 7).mass, mass, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mass.sum(1), torch.ones(30))
+    assert float(mass.triu(1).abs().max()) == 0.0
+    if (window := variant.config.windows[0]) is not None:
+        assert float(mass.tril(-window).abs().max()) == 0.0
+        return
+    seen = torch.zeros(30, 30)
+
+    class Looking(Nothing):
+        checks = (0, 1, 2)
+
+        def narrow(self, layer: int, look: Look) -> torch.Tensor:
+            seen.add_(look.attention(torch.ones(30, dtype=torch.bool)).mean(0) / 3)
+            return torch.ones(30, dtype=torch.bool)
+
+    Trial(variant, 64).blend(BlendPrompt(tokens, ()), Looking(), 30)
+    torch.testing.assert_close(mass, seen, atol=1e-5, rtol=0)
 
 
 def test_overlap_counts_what_is_there_again_and_in_which_order() -> None:
-    context = ContextIndex((b"a", b"b", b"c"), (3.0, 1.0, 0.0), torch.zeros(4), 0.8)
-    assert overlap(context, [b"a", b"b", b"c"]) == 1.0
-    assert overlap(context, [b"a"]) == 0.75
-    assert overlap(context, [b"c", b"b", b"a"]) == 0.0
-    assert overlap(context, [b"b", b"a", b"c"]) == pytest.approx(2 / 3)
-    assert overlap(context, []) == 0.0
-    assert overhead(context, [b"a", b"b", b"c"]) == 0.0
-    assert overhead(context, []) == pytest.approx(0.8)
-    assert overhead(context, [], scale=2.0) == 1.0
+    context = ContextIndex((b"h", b"a", b"b", b"c"), (9.0, 3.0, 1.0, 0.0), torch.zeros(4), 0.8)
+
+    def kept(names: bytes) -> float:
+        return overlap(context, [bytes([name]) for name in names])
+
+    assert kept(b"habc") == 1.0
+    assert kept(b"ha") == 0.75
+    assert kept(b"hcba") == 0.0
+    assert kept(b"hbac") == pytest.approx(2 / 3)
+    assert kept(b"h") == 0.0
+    assert kept(b"gabc") == pytest.approx(4 / 13)  # the head is another
+    assert overlap(context, ()) == 0.0
+    assert overhead(context, [b"h", b"a", b"b", b"c"]) == 0.0
+    assert overhead(context, [b"h"]) == pytest.approx(0.8)
+    assert overhead(context, [b"h"], scale=2.0) == 1.0
     assert overhead(None, []) == 0.5
 
 
-def test_the_version_from_the_most_similar_prompt_is_taken(plain: Checkpoint) -> None:
-    layers = Trial(plain, 64).chunk(some(4, 1)).layers
-    contexts = [ContextIndex((name,), (1.0,), torch.zeros(4), 0.5) for name in (b"x", b"y")]
-    versions = [ChunkKv(tuple(some(4, 1)), layers, before=3, context=context) for context in contexts]
-    assert version(versions, [b"y"]) is versions[1]
-    assert version(versions, [b"x"]) is versions[0]
+def test_what_stood_first_is_where_it_was_only_if_it_stands_first() -> None:
+    first = ContextIndex((b"h",), (9.0,), torch.zeros(4), 0.6)
+    assert [overlap(first, prefix) for prefix in ([b"h"], [b"h", b"a"], [b"g"])] == [1.0, 0.0, 0.0]
+    twice = ContextIndex((b"h", b"a", b"b", b"a"), (0.0, 1.0, 1.0, 2.0), torch.zeros(4), 0.8)
+    assert overlap(twice, [b"h", b"a", b"b", b"a"]) == 1.0
+    assert overlap(twice, [b"h", b"a", b"b"]) == 0.5
+
+
+def test_the_version_from_the_most_similar_prompt_is_the_best() -> None:
+    one, two = (ContextIndex((b"h", name), (1.0, 1.0), torch.zeros(4), 0.9) for name in (b"x", b"y"))
+    for versions in ([one, two, None], [None, two, one]):
+        assert min(versions, key=lambda context: unfit(context, [b"h", b"y"])) is two
+        assert min(versions, key=lambda context: unfit(context, [b"h", b"x"])) is one
+        assert min(versions, key=lambda context: unfit(context, [b"h"])) is not None
+    assert [familiar(context, [b"h", b"x"]) for context in (one, two, None)] == [True, False, False]
+
+
+def test_where_the_context_is_the_same_cachecraft_computes_nothing(plain: Checkpoint) -> None:
+    """And where nothing of it is, about as much as attention went outside; both give what their tokens say."""
+    head, question, store, trial = some(4, 9), some(6, 8), Trial(plain, 128), Trial(plain, 128)
+    texts = [some(20, seed) for seed in range(3)]
+
+    def prompt(order: list[int], chunks: dict[int, ChunkKv]) -> BlendPrompt:
+        tokens, placed, starts = list(head), [], []
+        for which in order:
+            starts.append((len(tokens), name_of(texts[which])))
+            if which in chunks:
+                placed.append(Placed(chunks[which], len(tokens), 0, 20, starts[-1][1]))
+            tokens += texts[which]
+        tokens += question
+        return BlendPrompt(tokens, tuple(placed), in_order(tokens, starts))
+
+    first = prompt([0, 1], {})
+    observer = Observer(first.texts, len(first.tokens), plain.config.windows)
+    store.compute(first.tokens, 1, observer)
+    chunks = {
+        which: store.taken(first.tokens, at, at + 20, observer.context(at, at + 20)) for which, at in ((0, 4), (1, 24))
+    }
+    same = prompt([0, 1], chunks)
+    assert not CacheCraft().choose(same).any()
+    exact = trial.compute(same.tokens, 6)
+    torch.testing.assert_close(trial.blend(same, CacheCraft(), 6), exact, atol=1e-3, rtol=0)
+    other = prompt([2, 1], chunks)
+    chosen = CacheCraft().choose(other)
+    index = chunks[1].context
+    assert index is not None
+    assert 0 < int(chosen.sum()) < 20
+    assert index.outside[chosen[24:44]].min() >= index.outside[~chosen[24:44]].max()
 
 
 def test_the_mean_of_a_chunk_is_nearer_to_what_comes_next(plain: Checkpoint) -> None:

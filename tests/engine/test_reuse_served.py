@@ -141,6 +141,57 @@ async def test_reuse_through_restarts_and_damage(model: Path, tmp_path: Path) ->
                 assert len(text(answer)) > 0
 
 
+async def test_cachecraft_through_a_restart(model: Path, tmp_path: Path) -> None:
+    """Two contexts of a text are two versions of it, and where one of them is again nothing is computed of it."""
+    point = point_for(load_checkpoint(model, name="tiny"), selector="cachecraft", ratio=0.5)
+    point.save(tmp_path / "craft.json")
+    disk = tmp_path / "kv"
+    start = ["--model", str(model), "--port", "0", "--reuse-point", str(tmp_path / "craft.json")]
+    start += ["--kv-disk", str(disk), "--kv-disk-size", "64MiB"]
+    with serving(*start) as first:
+        assert "reuse=cachecraft@0.5 " in first.ready
+        async with Client(first) as client:
+            await client.ask(body(ONE, TWO))
+            await client.stored(2)
+            _, header = await client.ask(body(THREE, TWO))
+            assert said(header)["chunks"] == "1"
+            assert 0 < int(said(header)["recomputed"]) < len(TWO)
+            await client.stored(4)
+        first.process.kill()
+    for parts in ((ONE, TWO), (THREE, TWO)):
+        with serving(*start) as served:
+            async with Client(served) as client:
+                reused, header = await client.ask(body(*parts, logprobs=True, top_logprobs=5))
+                assert said(header) == {"prefix": "0", "chunks": "2", "recomputed": "0", "tier": "disk"}
+                exact, header = await client.ask(body(*parts, logprobs=True, top_logprobs=5), x_hitpath_kv="exact")
+                assert said(header)["chunks"] == "0"
+                assert text(reused) == text(exact)
+                for ours, theirs in zip(scores(reused), scores(exact), strict=True):
+                    assert ours == pytest.approx(theirs, abs=1e-3)
+                await client.stored(4)
+
+
+async def test_kvshare_repairs_beside_the_tokens_drawn(model: Path, tmp_path: Path) -> None:
+    point = point_for(load_checkpoint(model, name="tiny"), selector="kvshare", ratio=0.1, repair=4)
+    point.save(tmp_path / "kvshare.json")
+    with serving("--model", str(model), "--port", "0", "--reuse-point", str(tmp_path / "kvshare.json")) as served:
+        async with Client(served) as client:
+            await client.ask(body(ONE, TWO))
+            await client.stored(2)
+            assert (await client.figures())["hitpath_engine_reuse_repaired_total"] == 0
+            answer, header = await client.ask(body(TWO, ONE, max_tokens=11))
+            assert said(header)["chunks"] == "2"
+            assert answer["usage"]["completion_tokens"] == 11
+            # The first is drawn from the prompt; what the last one's step would bring nobody draws from.
+            assert (await client.figures())["hitpath_engine_reuse_repaired_total"] == 10 * 4
+
+
+def scores(answer: Any) -> list[list[float]]:
+    """Of every token, the log probabilities of the likeliest."""
+    told = answer["choices"][0]["logprobs"]["content"]
+    return [[one["logprob"] for one in token["top_logprobs"]] for token in told]
+
+
 async def test_a_tenant_keeps_within_its_quota(model: Path) -> None:
     with serving("--model", str(model), "--port", "0", "--kv-quota", "120KiB") as served:
         async with Client(served) as client:

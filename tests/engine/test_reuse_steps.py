@@ -114,7 +114,9 @@ def served(checkpoint: Checkpoint, rows: list[Sequence], engine: dict[str, int])
 def test_all_computed_is_an_ordinary_prefill(variant: Checkpoint, mix: Any, engine: dict[str, int]) -> None:
     rows = []
     for (tokens, places), answer in mix:
-        chunks = None if places is None else Chunks(from_elsewhere(variant, tokens, places), Full())
+        chunks = None
+        if places is not None:
+            chunks = Chunks(from_elsewhere(variant, tokens, places), Full(), ranked=engine["repairs"] > 0)
         rows.append(row(tokens, answer, chunks))
     served(variant, rows, engine)
 
@@ -127,7 +129,9 @@ def test_exact_chunks_give_an_ordinary_prefill(
     rows = []
     for (tokens, places), answer in mix:
         selector = data.draw(st.sampled_from(SELECTORS))
-        chunks = None if places is None else Chunks(as_it_stands(variant, tokens, places), selector)
+        chunks = None
+        if places is not None:
+            chunks = Chunks(as_it_stands(variant, tokens, places), selector, ranked=engine["repairs"] > 0)
         rows.append(row(tokens, answer, chunks))
     served(variant, rows, engine)
 
@@ -152,7 +156,7 @@ def test_lost_chunks_are_computed(plain: Checkpoint, mix: Any, engine: dict[str,
 def test_what_a_preempted_one_had_is_placed_again(variant: Checkpoint, selector: Selector) -> None:
     serving = Served(variant, blocks=7, repairs=1)
     prompts = [some(44, seed) for seed in range(2)]
-    chunks = [Chunks(as_it_stands(variant, tokens, [(3, 20), (22, 42)]), selector) for tokens in prompts]
+    chunks = [Chunks(as_it_stands(variant, tokens, [(3, 20), (22, 42)]), selector, ranked=True) for tokens in prompts]
     rows = [row(tokens, 30, its) for tokens, its in zip(prompts, chunks, strict=True)]
     serving.add(*rows)
     serving.run()
@@ -396,3 +400,103 @@ def test_repairs_leave_shared_blocks_alone(plain: Checkpoint) -> None:
         assert step is not None
         assert [chunk.size for chunk in step.chunks] == [1, 1]
     serving.run()
+
+
+def repaired_rows(serving: Served, one: Sequence) -> list[list[int]]:
+    """Of every step that draws a token behind the first, what else it computed."""
+    found = []
+    while (step := serving.step()) is not None:
+        for chunk in step.chunks:
+            if chunk.sequence is one and chunk.start >= len(one.prompt):
+                rows = [chunk.start] if chunk.rows is None else chunk.rows.tolist()
+                assert rows == sorted(rows)
+                assert rows[-1] == chunk.start
+                found.append(rows[:-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "selector", [KvShare(0.2), CacheBlend(((1, 0.4), (2, 0.2)))], ids=lambda one: type(one).__name__
+)
+def test_those_missed_most_are_repaired_first(plain: Checkpoint, selector: Selector) -> None:
+    """In the order that a look at all of the prompt gives; computed alone, not in a step with others."""
+    tokens = elsewhere(plain)
+    prompt = from_elsewhere(plain, tokens, [(3, 23), (25, 45)])
+    blend = Blend(prompt, selector, ranked=True)
+    Trial(plain, 128).run(prompt, blend)
+    wanted = blend.repairs.tolist()
+    assert sorted(wanted) != wanted
+    serving = Served(plain, repairs=3)
+    one = row(tokens, 30, Chunks(prompt, selector, ranked=True))
+    serving.add(one, row(some(20, 2), 9))
+    serving.step()
+    assert one.kept is not None
+    assert one.kept.tolist() == sorted(wanted)
+    found = repaired_rows(serving, one)
+    assert found[: len(wanted) // 3] == [sorted(wanted[at : at + 3]) for at in range(0, len(wanted) // 3 * 3, 3)]
+    assert sorted(at for rows in found for at in rows) == sorted(wanted)  # each once
+    assert serving.scheduler.repaired == len(wanted)
+
+
+def test_where_nobody_says_what_is_missed_the_first_are_repaired_first(plain: Checkpoint) -> None:
+    tokens = elsewhere(plain)
+    prompt = from_elsewhere(plain, tokens, [(3, 23), (25, 45)])
+    for chunks in (Chunks(prompt, Epic(0.3), ranked=True), Chunks(prompt, KvShare(0.2))):
+        serving = Served(plain, repairs=5)
+        serving.add(one := row(tokens, 12, chunks))
+        serving.step()
+        assert one.kept is not None
+        kept = one.kept.tolist()
+        assert repaired_rows(serving, one)[:4] == [kept[at : at + 5] for at in range(0, 20, 5)]
+
+
+def test_a_prompt_in_pieces_is_ranked_as_a_whole(plain: Checkpoint) -> None:
+    tokens = elsewhere(plain)
+    chunks = Chunks(from_elsewhere(plain, tokens, [(3, 23), (25, 45)]), KvShare(0.2), ranked=True)
+    serving = Served(plain, repairs=4, token_budget=12)
+    serving.add(one := row(tokens, 14, chunks))
+    while not one.drawn:
+        serving.step()
+    assert one.kept is not None
+    assert one.missed is not None
+    kept, missed = one.kept, one.missed.copy()
+    assert np.isfinite(missed[kept]).all()
+    found = [at for rows in repaired_rows(serving, one) for at in rows]
+    assert sorted(found) == kept.tolist()
+    assert set(found[:4]) == set(kept[np.argsort(-missed[kept], kind="stable")][:4].tolist())
+    assert one.missed is None
+
+
+@pytest.mark.parametrize("selector", [Nothing(), KvShare(0.2)], ids=lambda selector: type(selector).__name__)
+def test_all_repaired_at_once_is_all_computed(plain: Checkpoint, selector: Selector) -> None:
+    """Keys and values of the chunks are from then on those of an ordinary prefill."""
+    tokens = some(40, 1)
+    exact = Trial(plain, 128)
+    exact.compute(tokens, 1)
+    wanted = exact.taken(tokens, 5, 30)
+    serving = Served(plain, repairs=100)
+    one = row(tokens, 12, Chunks(from_elsewhere(plain, tokens, [(5, 30)]), selector, ranked=True))
+    serving.add(one)
+    for _ in range(2):
+        serving.step()
+    slots = serving.executor.slots(one, np.arange(5, 30))
+    found = take(serving.executor.pool, slots, plain.model.rope, 5, 40)
+    for ours, theirs in zip(found, wanted.layers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_with_repairs_answers_end_nearer_to_full_computing(plain: Checkpoint) -> None:
+    """Measured over the last tokens of an answer, the same ones whatever was repaired; over several prompts."""
+    losses = {0: 0.0, 2: 0.0, 7: 0.0}
+    for seed in range(4):
+        tokens = [*some(3, 99), *some(20, seed), *some(2, 98), *some(20, 10 + seed), *some(6, 97)]
+        for repairs in losses:
+            chunks = Chunks(from_elsewhere(plain, tokens, [(3, 23), (25, 45)]), KvShare(0.1), ranked=True)
+            serving = Served(plain, repairs=repairs)
+            serving.add(one := row(tokens, 16, chunks))
+            serving.run()
+            exact = Trial(plain, 128).compute(one.tokens[:-1], 4).log_softmax(-1)
+            ours = torch.stack(serving.scores[one][-4:]).log_softmax(-1)
+            losses[repairs] += float((exact.exp() * (exact - ours)).sum(-1).mean())
+    assert losses[7] < losses[2] < losses[0]
+    assert losses[7] < 0.5 * losses[0]
