@@ -69,17 +69,19 @@ class RunIndex:
     def find(self, tokens: Sequence[int], first: int = 0) -> tuple[Run, ...]:
         """Runs of stored tokens from `first` on, in order, apart from each other; of several the longest."""
         runs: list[Run] = []
-        free = first
-        for start, block in enumerate(_hashes(tokens, self._width).tolist()):
-            if start < free or block not in self._blocks:
-                continue
-            run = max(
-                (self._grown(tokens, start, free, *place) for place in islice(self._blocks[block], _CANDIDATES)),
-                key=lambda run: run.stop - run.start,
-            )
-            if run.stop - run.start >= self._width:
-                runs.append(run)
-                free = run.stop
+        hashes, blocks = _hashes(tokens, self._width).tolist(), self._blocks
+        start = free = first
+        while start < len(hashes):
+            if (block := hashes[start]) in blocks:
+                run = max(
+                    (self._grown(tokens, start, free, *place) for place in islice(blocks[block], _CANDIDATES)),
+                    key=lambda run: run.stop - run.start,
+                )
+                if run.stop - run.start >= self._width:
+                    runs.append(run)
+                    start = free = run.stop
+                    continue
+            start += 1
         return tuple(runs)
 
     def check(self) -> None:
@@ -99,6 +101,9 @@ class RunIndex:
         if tuple(tokens[start : start + self._width]) != held[offset : offset + self._width]:
             return Run(name, start, start, offset)
         stop = start + self._width
+        most = min(len(tokens) - stop, len(held) - offset - self._width)
+        if tuple(tokens[stop : stop + most]) == held[offset + self._width : offset + self._width + most]:
+            stop += most  # mostly it is all of it
         while stop < len(tokens) and offset + stop - start < len(held) and tokens[stop] == held[offset + stop - start]:
             stop += 1
         back = 0
