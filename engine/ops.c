@@ -3,13 +3,7 @@
  * Numbers are read as float32 and rounded to their dtype once, at the end of a step (sums of a residual stream, which
  * are kept, when they are made). Rows are shared out by the OpenMP that torch has loaded, if there are enough of them.
  */
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <math.h>
-
-#include "bf16.h"
+#include "loops.h"
 
 #define LANES 16
 #define SHARED 65536 /* numbers from which on more than one thread takes part */
@@ -103,17 +97,6 @@ STEPS(bf16, bf16)
 STEPS(float, float)
 
 #define MOST 13
-
-static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *out) {
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments instead of %zd", given, wanted);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < wanted; i++)
-        if ((out[i] = PyLong_AsSsize_t(args[i])) == -1 && PyErr_Occurred())
-            return -1;
-    return 0;
-}
 
 /* What follows takes addresses and sizes in the order of their use above, then the bytes of a number, then eps. */
 #define CALL(NAME, COUNT, FUNCTION, ...)                                                                               \

@@ -4,11 +4,7 @@
  * Products and sums are of float32, and rounded to the tensor's dtype once, to even, as torch does it; a product and the
  * sum that it goes into may be rounded together.
  */
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include "bf16.h"
+#include "loops.h"
 
 #define GROUP 64 /* tokens that share the scale of a key channel, as in codecs.py */
 
@@ -61,17 +57,6 @@
 
 LOOPS(bf16, bf16)
 LOOPS(float, float)
-
-static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *out) {
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments instead of %zd", given, wanted);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < wanted; i++)
-        if ((out[i] = PyLong_AsSsize_t(args[i])) == -1 && PyErr_Occurred())
-            return -1;
-    return 0;
-}
 
 /* decode(out, step, low, levels, unit, signs, layers, tokens, heads, dim, bytes of a number): addresses first. */
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given) {

@@ -6,12 +6,7 @@
  * 2205.14135) goes on. Keys are read where the block table says; positions decide who sees what, so there is neither a
  * gathered copy nor a mask. Tiles are shared out by the OpenMP that torch has loaded, with its number of threads.
  */
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "loops.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -20,8 +15,6 @@
 #else
 #define ABLE 0
 #endif
-
-typedef uint16_t bf16;
 
 typedef struct {
     bf16 *out;            /* [N, H, D] */
@@ -273,15 +266,8 @@ static PyObject *able(PyObject *self, PyObject *none) {
 /* attend(addresses and numbers of Step in its order, scale): checks nothing. */
 static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Py_ssize_t n[15];
-    if (given != 16) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments instead of 16", given);
-        return NULL;
-    }
-    for (int i = 0; i < 15; i++)
-        if ((n[i] = PyLong_AsSsize_t(args[i])) == -1 && PyErr_Occurred())
-            return NULL;
-    double scale = PyFloat_AsDouble(args[15]);
-    if (scale == -1.0 && PyErr_Occurred())
+    double scale = given == 16 ? PyFloat_AsDouble(args[15]) : 0;
+    if (PyErr_Occurred() || numbers(args, given - 1, 15, n) < 0)
         return NULL;
 #if ABLE
     Step step = {(bf16 *)n[0], (const bf16 *)n[1], (const bf16 *)n[2], (const bf16 *)n[3], (const int64_t *)n[4],

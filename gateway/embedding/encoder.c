@@ -3,13 +3,7 @@
  * onnxruntime spends as long between its products as in them where a question has a dozen tokens. Here a layer is six
  * loops over buffers that stay in the second-level cache. Integers are the graph's, floats differ by their rounding.
  */
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "loops.h"
 
 #define DIM 384
 #define HEADS 12
@@ -322,17 +316,6 @@ static PyObject *able(PyObject *self, PyObject *none) {
         Py_RETURN_TRUE;
 #endif
     Py_RETURN_FALSE;
-}
-
-static int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *out) {
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments instead of %zd", given, wanted);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < wanted; i++)
-        if ((out[i] = PyLong_AsSsize_t(args[i])) == -1 && PyErr_Occurred())
-            return -1;
-    return 0;
 }
 
 /* run(table, rows, lengths, texts, longest): addresses, but for the last two. The table has, as 64-bit numbers,

@@ -94,6 +94,13 @@ def test_logits_are_those_of_the_graph(encoder: Encoder) -> None:
     assert np.corrcoef(seen, wanted)[0, 1] > 0.998
 
 
+def test_who_wants_several_threads_gets_onnxruntime() -> None:
+    source = find_model()
+    files = (str(PAIR_MODEL), source / "model.safetensors", source / "tokenizer.json")
+    one, two = (PairModel(*files, threads=threads).logits(TEXTS[0], TEXTS[1:2]) for threads in (1, 2))
+    assert one == pytest.approx(two, abs=0.3)
+
+
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 65, 130]), min_size=1, max_size=8))
 def test_a_text_is_the_same_whatever_stands_beside_it(encoder: Encoder, lengths: list[int]) -> None:

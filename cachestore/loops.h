@@ -1,8 +1,25 @@
-/* Numbers of 16 bits as floats and back, and loops compiled for several processors: for all that is compiled here. */
-#ifndef HITPATH_BF16_H
-#define HITPATH_BF16_H
+/* For all loops that are compiled here: Python's numbers, floats of 16 bits, and one loop for several processors. */
+#ifndef HITPATH_LOOPS_H
+#define HITPATH_LOOPS_H
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+/* Takes addresses and sizes; 0, or -1 with an exception where they are not so many or no numbers. */
+static inline int numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *out) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments instead of %zd", given, wanted);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < wanted; i++)
+        if ((out[i] = PyLong_AsSsize_t(args[i])) == -1 && PyErr_Occurred())
+            return -1;
+    return 0;
+}
 
 /* One program for every machine: the loops are compiled for several, and the loader takes the best. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
