@@ -208,8 +208,8 @@ class Budgets(_Group):
     horizon: Annotated[int, Field(ge=1)] = 5000
     checked_min: Annotated[Share, Field(gt=0.0)] = 0.05
     """Share of the hits that is always checked."""
-    checked_max: Annotated[Share, Field(gt=0.0)] = 1.0
-    """Share that is checked while little is saved up."""
+    checked_max: Annotated[Share, Field(gt=0.0)] | None = None
+    """Share that is checked while little is saved up; left out: 10 % where the judge is believed, else all."""
     concurrent: Annotated[int, Field(ge=1, le=256)] = 2
     waiting: Annotated[int, Field(ge=1, le=4096)] = 64
     busy_above: Probability = 0.5
@@ -221,10 +221,14 @@ class Budgets(_Group):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.checked_min > self.checked_max:
-            most = f"{self.checked_max:.0%}"
-            raise _KeyFault("checked_min", f"{self.checked_min:.0%} is above checked_max, which is {most}")
+        if self.checked_min > self.most:
+            raise _KeyFault("checked_min", f"{self.checked_min:.0%} is above checked_max, which is {self.most:.0%}")
         return self
+
+    @property
+    def most(self) -> float:
+        """The share that is checked while little is saved up."""
+        return (0.1 if self.start == "judge" else 1.0) if self.checked_max is None else self.checked_max
 
 
 class Economics(_Group):

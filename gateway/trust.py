@@ -29,9 +29,9 @@ _SERVED = 4096
 """Hits that can still be complained about."""
 _REFRESH_WEIGHT = 0.25
 """What a refresh counts as evidence: some refresh because they want news, not because the answer was wrong."""
-_GUARD: Mapping[str, int] = {"judge": 1, "earned": 2}
-"""Rungs of the guard. Two keep a believed judge within its budget more often too, but the pair model hardly says more
-than .97: they would leave almost nothing to serve.
+_GUARD: Mapping[str, int] = {"judge": 0, "earned": 2}
+"""Rungs of the guard. A believed judge would be within its budget a little more often with it too, but the pair model
+hardly says more than .97: a rung above its point, a third to a half of the paraphrases are not served at first.
 """
 _WRONG = 0.5
 """From this label on a pair is taken for refuted."""
@@ -47,7 +47,7 @@ class TrustRules:
     risk: float = 0.05
     horizon: int = 5000
     shadow_min: float = 0.05
-    shadow_max: float = 1.0
+    shadow_max: float = 0.1
     guard: bool = True
     """Whether the first hits are asked for more than is allowed; means something of probabilities alone."""
     refresh_within: float = 10.0

@@ -99,7 +99,7 @@ def trust_rules(cache: Cache) -> TrustRules:
         risk=budgets.risk,
         horizon=budgets.horizon,
         shadow_min=budgets.checked_min,
-        shadow_max=budgets.checked_max,
+        shadow_max=budgets.most,
         refresh_within=budgets.refresh_within,
         skip=economics.skip,
         economics=EconomicsRules(

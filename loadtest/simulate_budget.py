@@ -22,14 +22,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from gateway.settings import Settings
+from gateway.settings import Budgets, Cache
 from gateway.trusting import trust_rules
 from policies.budget import NEVER, RUNGS, BudgetRules, CategoryBudget
 
@@ -216,7 +216,7 @@ def simulate(
     budget: float, streams: int, lookups: int, first: int, *, believe: bool = False, asked: bool = False
 ) -> list[Outcome]:
     """Run the streams from the seed `first` on under one budget; `believe` and `asked` are those of `run`."""
-    rules = replace(trust_rules(Settings().cache), start="judge" if believe else "earned").budget(budget)
+    rules = trust_rules(Cache(budgets=Budgets(start="judge" if believe else "earned"))).budget(budget)
     seeds = range(first, first + streams)
     return [run(stream(seed, lookups), rules, seed, believe=believe, asked=asked) for seed in seeds]
 

@@ -133,20 +133,6 @@ async def test_hits_are_checked_behind_the_clients_back(
         assert figures["standing"] == "believed"
 
 
-@pytest.mark.usefixtures("admin_key")
-async def test_at_the_default_settings_the_first_hits_are_all_checked(
-    upstream: ScriptedUpstream, embedder: ScriptedUpstream, tmp_path: Path
-) -> None:
-    upstream.default = RIGHT
-    async with serving(trusting_settings(tmp_path, upstream, embedder, budgets={})) as client:
-        await client.chat(ASKED)
-        assert all(is_semantic(answer) for answer in await paraphrases(client, 10))
-        await until(client, 'hitpath_checks_total{outcome="right"}', 10)
-        figures = (await stats(client))["budget"]
-        assert (figures["hits"], figures["checked"], figures["share"]) == (10, 10, 1.0)
-        assert figures["savings"] == pytest.approx(0.5)
-
-
 async def test_a_check_that_hangs_delays_nobody_and_ends_with_the_gateway(
     upstream: ScriptedUpstream, embedder: ScriptedUpstream, tmp_path: Path
 ) -> None:
