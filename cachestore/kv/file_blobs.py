@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 UNFINISHED = ".tmp"
 """Ends the name of what is being written; a killed process leaves it."""
+
+_QUIET = 60.0
+"""Seconds between two lines about what failed."""
 
 _log = logging.getLogger("hitpath.kv")
 
@@ -19,8 +23,9 @@ class FileBlobs:
     def __init__(self, directory: Path) -> None:
         """The directory must exist."""
         self._directory = directory
-        self._told = False
-        """That something failed is said once, until something is written again."""
+        self._told: float | None = None
+        """When it was last said that something failed: a tier that fails does so for every chunk."""
+        self._unsaid = 0
 
     def get(self, name: str, target: memoryview) -> bool:
         """Fill `target`; False if there is no such file or it has another size."""
@@ -48,7 +53,6 @@ class FileBlobs:
             with suppress(OSError):
                 unfinished.unlink()
             return False
-        self._told = False
         return True
 
     def delete(self, names: Sequence[str]) -> bool:
@@ -66,6 +70,10 @@ class FileBlobs:
         """Nothing is open."""
 
     def _tell(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
-            _log.warning("a file of the disk tier cannot be used, its chunk counts as gone: %s", error)
+        now = time.monotonic()
+        if self._told is not None and now - self._told < _QUIET:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} more since the last such line)" if self._unsaid else ""
+        self._told, self._unsaid = now, 0
+        _log.warning("a file of the disk tier cannot be used, its chunk counts as gone: %s%s", error, more)

@@ -92,6 +92,8 @@ class LmcacheShelf:
         self._lock = threading.Lock()
         self._writing: dict[Any, tuple[int, int]] = {}
         """By object: its bytes, and how many tiers have not said how it went."""
+        self._putting = 0
+        """Chunks that have some of their buffers, or all, and are not visible yet."""
         self._failed: Counter[Key] = Counter()
         """Bytes that were not written."""
         self._lull: float | None = None
@@ -200,6 +202,15 @@ class LmcacheShelf:
 
     def put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         """See `Shelf`."""
+        with self._lock:
+            self._putting += 1
+        try:
+            return self._put(key, blobs)
+        finally:
+            with self._lock:
+                self._putting -= 1
+
+    def _put(self, key: Key, blobs: Sequence[Tensor]) -> bool:
         names = [self._object(key, index) for index in range(len(blobs))]
         buffers = self._reserve(names, blobs)
         if buffers is None:
@@ -266,7 +277,7 @@ class LmcacheShelf:
         memory, writer = status["l1_manager"], status["store_controller"]
         wrong = [] if status["is_healthy"] else ["a thread of the storage manager has ended"]
         busy = writer["pending_keys_count"] or writer["in_flight_task_count"]
-        if busy or self.writing() or self._flights:
+        if busy or self._putting or self.writing() or self._flights:
             return wrong  # what is being written or still on its way is locked, and should be
         held = ("read_locked_count", "write_locked_count", "temporary_count")
         return wrong + [f"{what} is {memory[what]}" for what in held if memory[what]]

@@ -19,7 +19,7 @@ import torch
 
 from cachestore.errors import StoreLocked
 from cachestore.kv.format import Chunk, Geometry
-from cachestore.kv.shelf import Shelf, Tier, Tiers
+from cachestore.kv.shelf import Blob, Shelf, Tier, Tiers
 from cachestore.kv.store import Gone, Happening, Kept, KvStore, Lost, Options
 from tests.cachestore.kv.samples import GEOMETRY, LONG, chunk, kv_of, loaded, loading, stored
 from tests.contracts.kv import LARGE, KvContract
@@ -418,6 +418,22 @@ def test_more_than_memory_holds(tmp_path: Path) -> None:
     assert store.flush(10.0)
     assert store.check() == []
     store.close()
+
+
+def test_a_chunk_that_waits_for_room_is_no_failure_of_the_books(tmp_path: Path) -> None:
+    shelf = LmcacheShelf(GEOMETRY.identity, Tiers(4 << 20, tmp_path))
+    large = torch.zeros(2 << 20, dtype=torch.uint8)
+    assert shelf.put(("", b"first"), [large])
+    ticket = shelf.fetch(Blob(("", b"first"), 0, len(large)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(shelf.put, ("", b"second"), [large[: 1 << 20], large])
+        while not waiting.done():
+            wrong = shelf._held_now()
+            assert wrong == [] or waiting.done()
+    assert not waiting.result()
+    ticket.release()
+    assert shelf.check() == []
+    shelf.close()
 
 
 # -- Redis
