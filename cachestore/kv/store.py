@@ -90,7 +90,8 @@ class Options:
     codec: str = "entropy"
     """What chunks are written as where nothing else is asked for."""
     in_flight: int = 256 << 20
-    """Bytes that may wait to be encoded and written; beyond, storing is refused."""
+    """Bytes that may wait to be encoded and written, or as many as there is room for, if that is less; beyond, storing
+    is refused. A single chunk may always wait."""
     patience: float = 5.0
     """Seconds from the beginning of a load after which what has not come is lost."""
 
@@ -622,7 +623,9 @@ class KvStore:
             return Refusal.CLOSED
         if key in self._slots or key in self._ledger:
             return Refusal.KNOWN
-        if self._reserved + self._shelf.writing() + size > self._options.in_flight:
+        # What waits in front of a store that is smaller would be written only to be evicted by what waits behind it.
+        waiting = self._reserved + self._shelf.writing()
+        if waiting and waiting + size > min(self._options.in_flight, self._options.capacity):
             return Refusal.BUSY
         return None if self._ledger.fits(size) else Refusal.LARGE
 

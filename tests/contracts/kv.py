@@ -127,9 +127,10 @@ class KvContract:
             store.complete_store(slot, kv_of(chunk(14, 25)))
         assert store.stats().writing == 0
 
-    def test_back_pressure(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("bound", ["in_flight", "capacity"])
+    def test_back_pressure(self, tmp_path: Path, bound: str) -> None:
         size = 24 * GEOMETRY.token_bytes
-        store = self.open(tmp_path, in_flight=2 * size)
+        store = self.open(tmp_path, **{bound: 2 * size + 1000})
         slots = [store.prepare_store(chunk(seed)) for seed in (15, 16)]
         assert refused(store.prepare_store(chunk(17))) is Refusal.BUSY
         for slot in slots:
@@ -138,6 +139,12 @@ class KvContract:
         assert store.flush(10.0)
         stored(store, chunk(17))
         assert store.check() == []
+        store.close()
+
+    def test_a_chunk_larger_than_what_may_wait_is_stored_alone(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, in_flight=1)
+        stored(store, chunk(18))
+        assert loaded(store, chunk(18)) != [None]
         store.close()
 
     def test_the_least_recently_used_goes_first(self, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ def kv_of(wanted: Chunk, geometry: Geometry = GEOMETRY) -> Tensor:
 
 
 def stored(store: KvStore, *chunks: Chunk, codec: str = "raw") -> None:
-    """Store these and wait until they are where they are to stay."""
+    """Store these one after another, each when the one before is where it is to stay."""
     for one in chunks:
         slot = store.prepare_store(one, codec)
         assert isinstance(slot, Slot), slot
         store.complete_store(slot, kv_of(one))
-    assert store.flush(20.0)
+        assert store.flush(20.0)
 
 
 def loading(store: KvStore, *chunks: Chunk) -> Load:
