@@ -1,5 +1,6 @@
-"""The int8 graphs of `build.py` and of the pair model without onnxruntime, on CPUs with AVX-512 VNNI; see `encoder.c`.
+"""The int8 graphs of `build.py` and of the pair model without onnxruntime, on CPUs with AVX-512 VNNI or AVX2.
 
+`encoder.c` has the loops.
 Half of onnxruntime's time for a question of a dozen tokens lies between its products. The graph's file stays what is
 checked and shipped: its constants are read from there, and its nodes are known, since we write them.
 """
@@ -17,7 +18,8 @@ DIM = 384
 LAYERS = 6
 Floats = NDArray[np.float32]
 
-_LANES = 16
+_MOST = 64
+"""Of an integer weight, by which sums of two products fit into 16 bits; AVX2 has no wider ones at first."""
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 7: np.int64}
 """ONNX's numbers of those that occur."""
 _GRAPH, _CONSTANT = 7, 5
@@ -31,16 +33,18 @@ class Unfit(Exception):
 class Encoder:
     """What the graph does between the sum of the embeddings and the last rows."""
 
-    def __init__(self, constants: Mapping[str, NDArray[Any]]) -> None:
-        """Lay out the weights; 11 MB. Raises Unfit."""
+    def __init__(self, constants: Mapping[str, NDArray[Any]], lanes: int | None = None) -> None:
+        """Lay out the weights; 11 MB. `lanes`: floats in a vector, 16 or 8; None: the most there are. Raises Unfit."""
         try:
             self._loops: Any = importlib.import_module("gateway.embedding._encoder")
         except ImportError as error:
             raise Unfit(f"it was not compiled at installation: {error}") from error
-        if not self._loops.able():
-            raise Unfit("this processor has no AVX-512 VNNI")
+        most = self._loops.lanes()
+        self._lanes = most if lanes is None else lanes
+        if not most or self._lanes > most:
+            raise Unfit(f"this processor has no {'AVX2' if not most else 'AVX-512 VNNI'}")
         try:
-            self._kept = _laid_out(constants)
+            self._kept = _laid_out(constants, self._lanes)
         except (KeyError, IndexError, ValueError) as error:
             raise Unfit(f"its constants are not those of the graph that is known: {error!r}") from error
         self._table = self._kept[0]
@@ -56,7 +60,7 @@ class Encoder:
             raise ValueError(f"rows {rows.dtype} {rows.shape} for texts of {lengths} tokens")
         counts = np.array(lengths, np.int32)
         addresses = (self._table.ctypes.data, rows.ctypes.data, counts.ctypes.data)
-        self._loops.run(*addresses, len(counts), max(lengths))
+        self._loops.run(*addresses, len(counts), max(lengths), self._lanes)
         return rows
 
     def dense(self, x: Floats, weights: Floats) -> Floats:
@@ -66,7 +70,7 @@ class Encoder:
             raise ValueError(f"rows of {x.shape[1]} numbers for weights {weights.shape}")
         out = np.empty((len(x), len(weights)), np.float32)
         addresses = (out.ctypes.data, x.ctypes.data, weights.ctypes.data)
-        self._loops.dense(*addresses, *out.shape, x.shape[1])
+        self._loops.dense(*addresses, *out.shape, x.shape[1], self._lanes)
         return out
 
 
@@ -107,6 +111,8 @@ def _tensor(body: memoryview) -> tuple[str, NDArray[Any] | None]:
             dims += [value] if isinstance(value, int) else _numbers(value)
         elif field == _TYPE:
             kind = value
+        elif field in (_NAME, _RAW) and isinstance(value, int):
+            raise ValueError(f"field {field} of a tensor is a number")
         elif field == _NAME:
             name = str(value, "utf-8")
         elif field == _RAW:
@@ -157,7 +163,7 @@ def _numbers(data: memoryview) -> list[int]:
     return found
 
 
-def _laid_out(constants: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+def _laid_out(constants: Mapping[str, NDArray[Any]], lanes: int) -> list[NDArray[Any]]:
     """The table for `encoder.c`, and everything that it points to."""
     entered = [v for k, v in constants.items() if k.startswith("LayerNormalization_") and k.endswith(".scale")]
     kept: list[NDArray[Any]] = []
@@ -183,7 +189,7 @@ def _laid_out(constants: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
                 at(entered[2 * layer + half].reshape(DIM)),
             )
             for key in products:
-                weights, scale, bias, into = _product(constants, f"{layer}.{key}")
+                weights, scale, bias, into = _product(constants, f"{layer}.{key}", lanes)
                 numbers += (at(weights), at(scale), at(bias))
                 floats += into
         numbers.append(floats_at(f"{layer}.f2.even", 4 * DIM))
@@ -193,14 +199,16 @@ def _laid_out(constants: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
     return [table, *kept]
 
 
-def _product(constants: Mapping[str, NDArray[Any]], key: str) -> tuple[NDArray[np.int8], Floats, Floats, list[float]]:
+def _product(
+    constants: Mapping[str, NDArray[Any]], key: str, lanes: int
+) -> tuple[NDArray[np.int8], Floats, Floats, list[float]]:
     """Weights as `encoder.c` reads them, scale and bias of its sums, and what makes a value an integer."""
     matrix, bias = constants[f"{key}.weight"], constants[f"{key}.bias"]
     step, zero = float(constants[f"{key}.in.scale"].item()), int(constants[f"{key}.in.zero"].item())
-    if matrix.dtype != np.int8 or constants[f"{key}.zero"].any():
-        raise ValueError(f"{key} has no int8 weights around zero")
+    if matrix.dtype != np.int8 or constants[f"{key}.zero"].any() or np.abs(matrix.astype(np.int16)).max() > _MOST:
+        raise ValueError(f"{key} has no int8 weights around zero, of {_MOST} at most")
     depth, columns = matrix.shape
-    weights = matrix.reshape(depth // 4, 4, columns // _LANES, _LANES).transpose(2, 0, 3, 1)
+    weights = matrix.reshape(depth // 4, 4, columns // lanes, lanes).transpose(2, 0, 3, 1)
     scale = (constants[f"{key}.scale"] * step).astype(np.float32)
     # What the zero point adds to every sum is known beforehand.
     known = matrix.astype(np.int64).sum(0) * zero * scale.astype(np.float64)

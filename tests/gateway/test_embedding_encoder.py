@@ -33,10 +33,10 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
+@pytest.fixture(scope="module", params=[16, 8])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
     try:
-        return Encoder(constants_of(PAIR_MODEL.read_bytes()))
+        return Encoder(constants_of(PAIR_MODEL.read_bytes()), request.param)
     except Unfit as error:
         if "processor" not in str(error):
             raise
@@ -74,7 +74,7 @@ def test_damaged_models_are_refused_and_nothing_else_happens(data: st.DataObject
         constants_of(bytes(damaged))
 
 
-def test_vectors_are_those_of_the_graph(encoder: Encoder, minilm: MiniLM, cache: Path) -> None:
+def test_vectors_are_those_of_the_graph(minilm: MiniLM, cache: Path) -> None:
     (path,) = (cache / "cache").glob("*.onnx")
     tokens = [minilm._tokens(text)[0] for text in TEXTS]
     seen, wanted = minilm._run(tokens), np.concatenate([graph(str(path), threads=1)([ids]) for ids in tokens])
@@ -82,8 +82,9 @@ def test_vectors_are_those_of_the_graph(encoder: Encoder, minilm: MiniLM, cache:
     assert (seen * wanted).sum(1).min() > 0.998
 
 
-def test_logits_are_those_of_the_graph(encoder: Encoder) -> None:
+def test_logits_are_those_of_the_graph(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = find_model()
+    monkeypatch.setattr(judge, "Encoder", lambda constants: encoder)
     model = PairModel(str(PAIR_MODEL), source / "model.safetensors", source / "tokenizer.json")
     plainly = judge.graph(str(PAIR_MODEL), word_table(source / "model.safetensors"), threads=1)
     tokens = [ids for text in TEXTS if (ids := model.tokens(text)) is not None]
@@ -124,6 +125,27 @@ def test_rows_that_do_not_fit_are_refused(encoder: Encoder) -> None:
     for rows, lengths in wrong:
         with pytest.raises(ValueError, match="rows"):
             encoder.run(rows, lengths)
+
+
+def test_vectors_of_either_width_give_the_same() -> None:
+    constants = constants_of(PAIR_MODEL.read_bytes())
+    try:
+        wide, narrow = Encoder(constants, 16), Encoder(constants, 8)
+    except Unfit as error:
+        pytest.skip(str(error))
+    for seed in range(8):
+        rows = np.random.default_rng(seed).standard_normal((40, DIM), np.float32)
+        seen, other = (one.run(rows.copy(), [17, 23]) for one in (wide, narrow))
+        # See above on rounding to bytes.
+        assert np.corrcoef(seen.ravel(), other.ravel())[0, 1] > 0.998
+
+
+def test_weights_that_overflow_are_left_to_onnxruntime(encoder: Encoder) -> None:
+    constants = dict(constants_of(PAIR_MODEL.read_bytes()))
+    constants["3.o.weight"] = constants["3.o.weight"].copy()
+    constants["3.o.weight"][5, 7] = -65
+    with pytest.raises(Unfit, match="64 at most"):
+        Encoder(constants)
 
 
 def test_another_graph_is_left_to_onnxruntime(encoder: Encoder) -> None:
