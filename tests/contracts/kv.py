@@ -130,7 +130,8 @@ class KvContract:
     @pytest.mark.parametrize("bound", ["in_flight", "capacity"])
     def test_back_pressure(self, tmp_path: Path, bound: str) -> None:
         size = 24 * GEOMETRY.token_bytes
-        store = self.open(tmp_path, **{bound: 2 * size + 1000})
+        bounds: dict[str, Any] = {bound: 2 * size + 1000}
+        store = self.open(tmp_path, **bounds)
         slots = [store.prepare_store(chunk(seed)) for seed in (15, 16)]
         assert refused(store.prepare_store(chunk(17))) is Refusal.BUSY
         for slot in slots:
