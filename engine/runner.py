@@ -33,7 +33,7 @@ _SCORED_AT_ONCE = 64
 _QUIET = 1.0
 """Seconds without work after which the blocks' books are checked, once."""
 
-_GLANCE = 0.1
+_GLANCE = 0.01
 """Seconds after which sequences that wait for their chunks are looked at again, should nobody say that they came."""
 
 FinishReason = Literal["stop", "length"]

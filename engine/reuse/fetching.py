@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ Planner = Callable[[Sequence[Wanted]], Plan]
 
 
 class Fetch:
-    """What one request loads. `changed` is called on the fetch's thread when `planned` and `over` become true."""
+    """What one request loads. `changed` is called on the fetch's thread when it is `over`, or computing may begin."""
 
     def __init__(
         self,
@@ -74,9 +75,16 @@ class Fetch:
         self._rows: list[list[Tensor | None]] = []
         self.ratio = 0.0
         """Share of the loaded tokens that can be computed again while they are loaded."""
-        self.planned = self.over = self._closed = False
+        self.over = self._closed = False
+        self._begin: float | None = None
+        """When computing may begin though not all is there."""
         lookup = store.lookup([version for order in orders for version in order.versions])
         executor.submit(self._run, lookup)
+
+    @property
+    def planned(self) -> bool:
+        """Whether computing may begin."""
+        return self.over or (self._begin is not None and time.monotonic() >= self._begin)
 
     def note(self, index: int) -> Noted | None:
         """What was written down with an order's chunk; None: it is not loaded, or lost already. Once `planned`."""
@@ -119,7 +127,7 @@ class Fetch:
             _log.exception("stored chunks could not be fetched")
         finally:
             with self._arrived:
-                self.planned = self.over = True
+                self.over = True
                 self._arrived.notify_all()
             self._changed()
 
@@ -148,8 +156,6 @@ class Fetch:
     def _read(self, lookup: Lookup, chosen: dict[int, int]) -> None:
         """Layer after layer of what is chosen."""
         load = self._store.prepare_load(lookup, chosen)
-        soon = threading.Timer(_GRACE if self._device.type == "cpu" else 0.0, self._now_planned)
-        soon.daemon = True
         try:
             for column, place in enumerate(sorted(chosen)):
                 self._columns[chosen[place]] = column
@@ -160,16 +166,18 @@ class Fetch:
                         return
                     self._rows.append([None if piece is None else piece.to(self._device) for piece in row])
                     self._arrived.notify_all()
-                if len(self._rows) == 1:  # without the first layer nothing could be computed
-                    soon.start()
+                if self._begin is None:  # without the first layer nothing could be computed
+                    self._now_planned()
         finally:
-            soon.cancel()
             self.tiers |= {chosen[place]: load.tier(column) for column, place in enumerate(sorted(chosen))}
             self._store.complete_load(load)
 
     def _now_planned(self) -> None:
-        self.planned = True
-        self._changed()
+        if self._device.type == "cpu":
+            self._begin = time.monotonic() + _GRACE  # who waits looks again by then
+        else:
+            self._begin = 0.0
+            self._changed()
 
 
 def _best(lookup: Lookup, order: Order, places: range) -> int | None:

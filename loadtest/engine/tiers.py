@@ -55,10 +55,10 @@ _SLOWLY = 0.1
 _CLIENTS = 3
 _POOL = 4096
 """Tokens of the pool."""
-_WARM_SHARE, _LATE_SHARE = 1 / 3, 3 / 4
-"""Of the time; then memory is warm, and after the other all that can happen has happened once."""
+_WARM_SHARE = 1 / 3
+"""Of the time; then memory is warm."""
 _MORE, _GROWTH = 64, 4.0
-"""Most MiB that memory may be above what it was when warm, for what hangs; most a minute, late, that it may grow."""
+"""Most MiB that memory may be above what it was when warm, for what hangs; most a minute that it may grow from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ class Verdict:
     memory_mib: tuple[float, float]
     """When warm, and in the end."""
     growth: float
-    """MiB a minute, late."""
+    """MiB a minute, once warm."""
     counted: dict[str, float]
     """By the engine, in the end."""
     same: bool
@@ -338,9 +338,10 @@ async def soak(texts: Sequence[str], engines: tuple[Served, Served], place: Plac
         await on.quiet()
         await asyncio.sleep(3)  # books are checked a second after the last step
         counted = await on.figures()
-    warm, late = samples[int(len(samples) * _WARM_SHARE)][1], np.array(samples[int(len(samples) * _LATE_SHARE) :])
-    growth = 60 * float(np.polyfit(late[:, 0], late[:, 1], 1)[0])
-    return {"phases": phases, "memory_mib": (warm, samples[-1][1]), "growth": growth, "counted": _told(counted)}
+    warm = np.array(samples[int(len(samples) * _WARM_SHARE) :])
+    growth = 60 * float(np.polyfit(warm[:, 0], warm[:, 1], 1)[0])
+    memory = (float(warm[0, 1]), float(warm[-1, 1]))
+    return {"phases": phases, "memory_mib": memory, "growth": growth, "counted": _told(counted)}
 
 
 def _told(figures: Mapping[str, float]) -> dict[str, float]:
@@ -413,7 +414,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
             f"| {tally.memory:.0f} | {tiers} |"
         )
     warm, end = verdict.memory_mib
-    yield f"memory: {warm:.0f} MiB warm, {end:.0f} in the end, {verdict.growth:+.2f} a minute late"
+    yield f"memory: {warm:.0f} MiB warm, {end:.0f} in the end, {verdict.growth:+.2f} a minute from then on"
     yield ", ".join(f"{name} {value:g}" for name, value in verdict.counted.items())
     yield "everything holds" if not verdict.failures else "DOES NOT HOLD: " + "; ".join(verdict.failures)
 
