@@ -25,7 +25,7 @@ from engine.metrics import EngineMetrics, EngineState
 from engine.reuse.cutting import Cutter
 from engine.reuse.finding import Marks
 from engine.reuse.library import Library
-from engine.reuse.point import FILE, OperatingPoint, PointError, load
+from engine.reuse.point import OperatingPoint, PointError, beside, load
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.server import Delivery, Engine
@@ -178,7 +178,7 @@ def operating_point(settings: Settings, checkpoint: Checkpoint, directory: Path)
     if not settings.reuse.on:
         return None
     named = settings.reuse.point
-    path = directory / FILE if named is None else named
+    path = beside(directory, checkpoint.dtype) if named is None else named
     if named is None and not path.is_file():
         log.warning(
             "every token is computed: no operating point for reusing text (%s); `hitpath engine calibrate --model %s` "

@@ -18,7 +18,7 @@ from engine.checkpoint import BUNDLED, Checkpoint, load_checkpoint
 from engine.errors import CheckpointError, RequestError, SettingsError
 from engine.reuse.calibrate import ANSWER, Calibration, Candidate, Limits, Table, chosen, grid, nearest, table_of
 from engine.reuse.examples import Sample, read, sample_of, written
-from engine.reuse.point import FILE, Dtype, OperatingPoint
+from engine.reuse.point import Dtype, OperatingPoint, beside
 from engine.settings import CalibrationSettings
 
 _SMALLEST_FIRST = ("entropy", "int8", "raw")
@@ -29,11 +29,11 @@ def calibrate(settings: CalibrationSettings) -> int:
     """Run it; returns the exit code."""
     torch.set_num_threads(settings.threads)
     directory = BUNDLED if settings.model == "bundled" else Path(settings.model)
-    out = settings.out or directory / FILE
     try:
-        if not out.parent.is_dir():
-            raise SettingsError(f"--out: {out.parent}: no such directory")
+        if settings.out is not None and not settings.out.parent.is_dir():
+            raise SettingsError(f"--out: {settings.out.parent}: no such directory")
         checkpoint = load_checkpoint(directory, name=directory.name, device=_device(settings), dtype=settings.dtype)
+        out = settings.out or beside(directory, checkpoint.dtype)
         speed_up(checkpoint)
         samples = _samples(checkpoint, settings)
         limits = Limits(settings.most_kl, settings.least_agreement)

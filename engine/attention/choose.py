@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBackend, LayerPool, Packed, varlen
-from engine.attention.paged import PagedBackend
+from engine.attention.paged import NAMES, PagedBackend
 from engine.attention.sdpa import SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig
@@ -21,7 +21,7 @@ from engine.ops import Ops, PlainOps
 
 log = logging.getLogger("hitpath.engine")
 
-Attention = Literal["auto", "sdpa", "avx512", "triton", "varlen"]
+Attention = Literal["auto", "sdpa", "avx512", "avx2", "triton", "varlen"]
 _Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative error, ‖seen - expected‖ / ‖expected‖."""
@@ -35,9 +35,9 @@ def choose(
 ) -> AttentionBackend:
     """The backend that was asked for, or with `auto` the first of varlen, triton and sdpa that proves itself.
 
-    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is avx512 if
-    that proves itself and is the faster one here, else sdpa. Raises Unavailable where the one asked for by name cannot
-    serve.
+    Proving compiles the kernels too, so that no request waits for that. On other devices than CUDA `auto` is avx512, or
+    avx2 in float32, if that proves itself and is the faster one here, else sdpa. Raises Unavailable where the one asked
+    for by name cannot serve.
     """
     if wanted == "auto" and device.type != "cuda":
         return _for_cpu(config, dtype, device, block_size)
@@ -58,17 +58,17 @@ def choose(
 
 
 def _for_cpu(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> AttentionBackend:
-    plain = SdpaBackend()
+    plain, name = SdpaBackend(), NAMES.get(dtype, "avx512")
     try:
-        backend = _make("avx512", config, dtype, device, block_size)
+        backend = _make(name, config, dtype, device, block_size)
         prove(backend, config, dtype=dtype, device=device, block_size=block_size)
     except Unavailable as error:
-        log.info("attention backend avx512 is not used: %s", error)
+        log.info("attention backend %s is not used: %s", name, error)
         return plain
     ours, theirs = _seconds((backend, plain), _trial([_TIMED], 1, config, dtype, device, block_size), block_size)
     if ours <= theirs:
         return backend
-    log.info("attention backend avx512 is not used: it takes %.1f times as long here", ours / theirs)
+    log.info("attention backend %s is not used: it takes %.1f times as long here", name, ours / theirs)
     return plain
 
 
@@ -178,7 +178,9 @@ def _make(
     match name:
         case "sdpa" | "auto":
             return SdpaBackend()
-        case "avx512":
+        case "avx512" | "avx2":
+            if NAMES.get(dtype) != name:
+                raise Unavailable(f"it does not compute in {dtype}")
             return PagedBackend(
                 heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype, device=device
             )

@@ -1,4 +1,5 @@
-/* Attention in bfloat16 over paged keys and values, for processors with AVX-512 and its bfloat16 instructions.
+/* Attention over paged keys and values: in bfloat16 for processors with AVX-512 and its instructions for that, in
+ * float32 (`paged_float.h`) for those with AVX2.
  *
  * A tile is a few query rows of one sequence and all query heads that share a key head: up to ROWS vectors, which meet
  * the keys in strips of STRIP. Per strip keys and values are laid out once the way the instruction wants them (two
@@ -17,14 +18,14 @@
 #endif
 
 typedef struct {
-    bf16 *out;            /* [N, H, D] */
-    const bf16 *queries;  /* [N, ·, D], rows `row` numbers apart */
-    const bf16 *keys;     /* [P, S, K, D], as are the values */
-    const bf16 *values;
+    void *out;                /* [N, H, D], of `size` bytes a number, as all of these */
+    const void *queries;      /* [N, ·, D], rows `row` numbers apart */
+    const void *keys;         /* [P, S, K, D], as are the values */
+    const void *values;
     const int64_t *positions; /* [N] */
     const int32_t *tables;    /* [B, width] */
     const int32_t *tiles;     /* [tiles, 3]: sequence, first row, rows */
-    Py_ssize_t count, row, heads, kv_heads, dim, block, width, window; /* window 0: none */
+    Py_ssize_t count, row, heads, kv_heads, dim, block, width, window, size; /* window 0: none */
     float scale;
 } Step;
 
@@ -98,8 +99,8 @@ HERE static void lay_out(const Step *step, const int32_t *table, Py_ssize_t head
             continue;
         }
         slot = table[token / step->block] * step->block + token % step->block;
-        of_keys[i] = step->keys + (slot * step->kv_heads + head) * step->dim;
-        of_values[i] = step->values + (slot * step->kv_heads + head) * step->dim;
+        of_keys[i] = (const bf16 *)step->keys + (slot * step->kv_heads + head) * step->dim;
+        of_values[i] = (const bf16 *)step->values + (slot * step->kv_heads + head) * step->dim;
     }
     for (Py_ssize_t i = 0; i < keys; i += LANES)
         for (Py_ssize_t at = 0; at < step->dim; at += 2 * LANES)
@@ -208,9 +209,9 @@ HERE static void attend_tile(const Step *step, const int32_t *tile, Py_ssize_t h
     const Py_ssize_t stop = positions[tile[2] - 1] + 1;
     const __m512 scale = _mm512_set1_ps(step->scale * 1.44269504f); /* weights are powers of two */
     for (Py_ssize_t i = 0; i < rows + 4; i++) {
-        const bf16 *from = step->queries + (tile[1] + i / group) * step->row + (head * group + i % group) * dim;
+        const bf16 *from = (const bf16 *)step->queries + (tile[1] + i / group) * step->row;
         if (i < rows)
-            memcpy(own.queries[i], from, dim * sizeof(bf16));
+            memcpy(own.queries[i], from + (head * group + i % group) * dim, dim * sizeof(bf16));
         else
             memset(own.queries[i], 0, dim * sizeof(bf16));
         memset(own.sums[i], 0, dim * sizeof(float));
@@ -236,7 +237,7 @@ HERE static void attend_tile(const Step *step, const int32_t *tile, Py_ssize_t h
         }
     }
     for (Py_ssize_t i = 0; i < rows; i++) {
-        bf16 *to = step->out + ((tile[1] + i / group) * step->heads + head * group + i % group) * dim;
+        bf16 *to = (bf16 *)step->out + ((tile[1] + i / group) * step->heads + head * group + i % group) * dim;
         for (Py_ssize_t at = 0; at < dim; at += LANES) {
             __m512 mean = _mm512_div_ps(_mm512_loadu_ps(own.sums[i] + at), _mm512_set1_ps(own.total[i]));
             _mm256_storeu_si256((__m256i *)(to + at), (__m256i)_mm512_cvtneps_pbh(mean));
@@ -244,20 +245,31 @@ HERE static void attend_tile(const Step *step, const int32_t *tile, Py_ssize_t h
     }
 }
 
+#undef HERE
+#undef LANES
+#include "paged_float.h"
+
 static void attend_all(const Step *step) {
     const Py_ssize_t units = step->count * step->kv_heads;
 #pragma omp parallel for schedule(dynamic, 1) if (units > 1)
-    for (Py_ssize_t unit = 0; unit < units; unit++)
-        attend_tile(step, step->tiles + unit / step->kv_heads * 3, unit % step->kv_heads);
+    for (Py_ssize_t unit = 0; unit < units; unit++) {
+        const int32_t *tile = step->tiles + unit / step->kv_heads * 3;
+        (step->size == 2 ? attend_tile : float_attend_tile)(step, tile, unit % step->kv_heads);
+    }
 }
 #endif
 
-/* able(): whether this processor has the instructions. */
-static PyObject *able(PyObject *self, PyObject *none) {
+/* able(size): whether this processor has the instructions for numbers of so many bytes. */
+static PyObject *able(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Py_ssize_t size;
+    if (numbers(args, given, 1, &size) < 0)
+        return NULL;
 #if ABLE
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"))
+    if (size == 4 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        Py_RETURN_TRUE;
+    if (size == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16"))
         Py_RETURN_TRUE;
 #endif
     Py_RETURN_FALSE;
@@ -265,13 +277,13 @@ static PyObject *able(PyObject *self, PyObject *none) {
 
 /* attend(addresses and numbers of Step in its order, scale): checks nothing. */
 static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    Py_ssize_t n[15];
-    double scale = given == 16 ? PyFloat_AsDouble(args[15]) : 0;
-    if (PyErr_Occurred() || numbers(args, given - 1, 15, n) < 0)
+    Py_ssize_t n[16];
+    double scale = given == 17 ? PyFloat_AsDouble(args[16]) : 0;
+    if (PyErr_Occurred() || numbers(args, given - 1, 16, n) < 0)
         return NULL;
 #if ABLE
-    Step step = {(bf16 *)n[0], (const bf16 *)n[1], (const bf16 *)n[2], (const bf16 *)n[3], (const int64_t *)n[4],
-                 (const int32_t *)n[5], (const int32_t *)n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14],
+    Step step = {(void *)n[0], (const void *)n[1], (const void *)n[2], (const void *)n[3], (const int64_t *)n[4],
+                 (const int32_t *)n[5], (const int32_t *)n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14], n[15],
                  (float)scale};
     Py_BEGIN_ALLOW_THREADS;
     attend_all(&step);
@@ -281,7 +293,7 @@ static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t given)
 }
 
 static PyMethodDef methods[] = {
-    {"able", able, METH_NOARGS, NULL},
+    {"able", (PyCFunction)(void (*)(void))able, METH_FASTCALL, NULL},
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -1,4 +1,4 @@
-"""Attention by loops of our own on CPUs with AVX-512's bfloat16 instructions; see `paged.c`.
+"""Attention by loops of our own on CPUs: bfloat16 with AVX-512's instructions for it, float32 with AVX2; see `paged.c`.
 
 torch computes bfloat16 attention there as it does float32's, at a fifth of the speed of its own products, and gathers
 and masks before. Where its kernels use AMX they are as fast.
@@ -7,9 +7,11 @@ and masks before. Where its kernels use AMX they are as fast.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor
 from engine.attention import LayerPool, Packed
 from engine.attention.varlen import Unavailable
 
+NAMES: Mapping[torch.dtype, Literal["avx512", "avx2"]] = MappingProxyType(
+    {torch.bfloat16: "avx512", torch.float32: "avx2"}
+)
+"""What it is called, after the instructions that it needs."""
 _ROWS = 64
 """Query vectors of a tile, as in `paged.c`."""
 _DIM = 256
@@ -40,15 +46,14 @@ class Plan:
 class PagedBackend:
     """See the module."""
 
-    name = "avx512"
-
     def __init__(self, *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises Unavailable."""
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            raise Unavailable(f"it computes in bfloat16 on a CPU, not in {dtype} on {device}")
+        if device.type != "cpu" or dtype not in NAMES:
+            raise Unavailable(f"it computes in bfloat16 or float32 on a CPU, not in {dtype} on {device}")
+        self.name: str = NAMES[dtype]
         if head_dim % 32 or head_dim > _DIM or heads // kv_heads > _ROWS:
             raise Unavailable(f"{heads} heads of {head_dim} for {kv_heads} of keys do not fit its tiles")
-        self._loops, self._rows, self._scale = _loops(), _ROWS // (heads // kv_heads), head_dim**-0.5
+        self._loops, self._rows, self._scale = _loops(dtype), _ROWS // (heads // kv_heads), head_dim**-0.5
 
     def plan(self, packed: Packed, window: int | None, block_size: int) -> Plan:
         """Cut the sequences' rows into tiles."""
@@ -79,17 +84,18 @@ class PagedBackend:
             plan.block_size,
             plan.tables.shape[1],
             plan.window,
+            queries.itemsize,
             self._scale,
         )
         return out
 
 
-def _loops() -> Any:
+def _loops(dtype: torch.dtype) -> Any:
     """The compiled module. Raises Unavailable."""
     try:
         loops = importlib.import_module("engine.attention._paged")
     except ImportError as error:
         raise Unavailable(f"it was not compiled at installation: {error}") from error
-    if not loops.able():
-        raise Unavailable("this processor has no AVX-512 with bfloat16")
+    if not loops.able(dtype.itemsize):
+        raise Unavailable(f"this processor lacks the instructions that {NAMES[dtype]} stands for")
     return loops

@@ -26,7 +26,7 @@ VERSION = 1
 """Grows when an older reader would misunderstand a file."""
 
 FILE = "reuse.json"
-"""Its name beside a model."""
+"""Its name beside a model; see `beside`."""
 
 SelectorName = Literal["full", "none", "epic", "cacheblend", "kvshare", "cachecraft", "sensitive", "early"]
 Stored = Literal["mean", "head", "alone", "seen"]
@@ -131,6 +131,19 @@ class OperatingPoint:
         passing = path.with_name(path.name + ".tmp")
         passing.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n", "utf-8")
         passing.replace(path)
+
+
+def beside(directory: Path, dtype: torch.dtype) -> Path:
+    """Where a model's point for this dtype is, or goes: `reuse.json`, unless that is another dtype's."""
+    name = str(dtype).removeprefix("torch.")
+    plain, own = directory / FILE, directory / f"reuse-{name}.json"
+    if own.is_file() or not plain.is_file():
+        return own if own.is_file() else plain
+    try:
+        other = json.loads(plain.read_bytes())["dtype"] != name
+    except (OSError, ValueError, KeyError, TypeError):
+        other = False  # who loads it says what is wrong with it
+    return own if other else plain
 
 
 def load(path: Path) -> OperatingPoint:

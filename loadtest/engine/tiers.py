@@ -58,7 +58,7 @@ _POOL = 4096
 _WARM_SHARE = 1 / 3
 """Of the time; then memory is warm."""
 _MORE, _GROWTH = 64, 4.0
-"""Most MiB that memory may be above what it was when warm, for what hangs; most a minute that it may grow from then on."""
+"""Most MiB that memory may be above what it was when warm, for what hangs; most a minute that it may grow since."""
 
 
 @dataclass(frozen=True, slots=True)

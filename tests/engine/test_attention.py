@@ -110,7 +110,8 @@ def agrees(make: Make, shape: Shape, step: Sample) -> None:
 def fitting(make: Make, shape: Shape) -> Shape:
     """The shape, or one like it that the backend can take."""
     if make is paged:
-        return replace(shape, dtype=torch.bfloat16, dim=max(32, shape.dim))
+        dtype = torch.bfloat16 if shape.dtype is torch.float16 else shape.dtype
+        return replace(shape, dtype=dtype, dim=max(32, shape.dim))
     # Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers.
     if make is triton and DEVICE == "cpu" and shape.dtype is torch.bfloat16:
         return replace(shape, dtype=torch.float16)
@@ -202,7 +203,7 @@ def test_threads_share_tiles() -> None:
 
 def test_shapes_that_do_not_fit_are_refused_by_what_is_wrong() -> None:
     for shape, word in (
-        (Shape(dtype=torch.float32, dim=64), "float32"),
+        (Shape(dtype=torch.float16, dim=64), "float16"),
         (Shape(dtype=torch.bfloat16, dim=48), "48"),
         (Shape(dtype=torch.bfloat16, dim=288), "288"),
     ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import LayerPool, Packed
-from engine.attention.choose import choose, choose_ops, prove, prove_ops
+from engine.attention.choose import Attention, choose, choose_ops, prove, prove_ops
 from engine.attention.sdpa import Plan, SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig, parse_config
@@ -64,19 +64,24 @@ def test_a_cpu_gets_loops_for_small_steps_where_they_agree() -> None:
     assert choose_ops(config(), dtype=torch.float16, device=CPU, products=products) is products
 
 
-def test_a_cpu_with_the_instructions_can_have_the_backend_for_them() -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "other"), [("avx512", torch.bfloat16, torch.float32), ("avx2", torch.float32, torch.bfloat16)]
+)
+def test_a_cpu_with_the_instructions_can_have_the_backend_for_them(
+    name: Attention, dtype: torch.dtype, other: torch.dtype
+) -> None:
     sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 4096}
-    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU, "block_size": 16}
+    made: dict[str, Any] = {"device": CPU, "block_size": 16}
     try:
-        named = choose(config(**sizes), wanted="avx512", **made)
+        named = choose(config(**sizes), wanted=name, dtype=dtype, **made)
     except Unavailable as error:
         pytest.skip(str(error)) if "processor" in str(error) else pytest.fail(str(error))
-    assert named.name == "avx512"
+    assert named.name == name
     # Which one is faster is the machine's to say.
-    assert choose(config(**sizes), **made).name in ("avx512", "sdpa")
-    assert choose(config(hidden_size=128, head_dim=48), **made).name == "sdpa"
-    with pytest.raises(Unavailable, match=r"avx512.*float32"):
-        choose(config(**sizes), dtype=torch.float32, device=CPU, block_size=16, wanted="avx512")
+    assert choose(config(**sizes), dtype=dtype, **made).name in (name, "sdpa")
+    assert choose(config(hidden_size=128, head_dim=48), dtype=dtype, **made).name == "sdpa"
+    with pytest.raises(Unavailable, match=rf"{name}.*{other}"):
+        choose(config(**sizes), dtype=other, wanted=name, **made)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from engine.checkpoint import BUNDLED, load_checkpoint
 from engine.reuse.chunks import BlendPrompt
-from engine.reuse.point import FILE, Loss, OperatingPoint, PointError, SelectorName, load
+from engine.reuse.point import FILE, Loss, OperatingPoint, PointError, SelectorName, beside, load
 from engine.reuse.selectors import Epic
 
 POINT = OperatingPoint(
@@ -104,3 +105,23 @@ def test_another_models_point_is_refused_by_name() -> None:
         POINT.check_model("xyz", torch.float32, "p.json")
     with pytest.raises(PointError, match=r"dtype: measured in float32, this engine computes in bfloat16"):
         POINT.check_model("abc", torch.bfloat16, "p.json")
+
+
+def test_each_dtype_may_have_a_point_beside_a_model(tmp_path: Path) -> None:
+    plain, own = tmp_path / FILE, tmp_path / "reuse-bfloat16.json"
+    assert beside(tmp_path, torch.bfloat16) == plain
+    POINT.save(plain)  # of float32
+    assert beside(tmp_path, torch.float32) == plain
+    assert beside(tmp_path, torch.bfloat16) == own
+    own.write_text("{}")
+    assert beside(tmp_path, torch.bfloat16) == own
+    assert beside(tmp_path, torch.float32) == plain
+    plain.write_text("no JSON")
+    assert beside(tmp_path, torch.float32) == plain
+
+
+def test_the_bundled_model_has_a_point_for_every_dtype_that_a_cpu_computes_in() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint = load_checkpoint(BUNDLED, name="bundled", dtype=str(dtype).removeprefix("torch."))
+        path = beside(BUNDLED, dtype)
+        load(path).check_model(checkpoint.fingerprint, checkpoint.dtype, str(path))
