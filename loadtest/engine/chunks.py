@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.assembly import hot_bytes
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
 from engine.executor import BLOCK_SIZE, block_bytes
@@ -86,14 +87,19 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.texts = Texts(self.checkpoint.tokenizer, self.checkpoint.config.vocab_size)
-        self.groups = [
-            [self.texts.text(self.sizes.tokens) for _ in range(self.sizes.chunks)] for _ in range(self.sizes.rounds)
-        ]
+        group = self.sizes.chunks * self.sizes.tokens * block_bytes(self.checkpoint) // BLOCK_SIZE
+        rounds = min(self.sizes.rounds, hot_bytes(self._memory(roomy=True)) // group)
+        if rounds < self.sizes.rounds:
+            print(f"{rounds} rounds: the decoded texts of more have no room beside the pool", file=sys.stderr)
+        self.groups = [[self.texts.text(self.sizes.tokens) for _ in range(self.sizes.chunks)] for _ in range(rounds)]
+
+    def _memory(self, *, roomy: bool) -> int:
+        tokens = (4 * self.sizes.rounds if roomy else _ROOM) * self.sizes.prompt
+        return -(-tokens // BLOCK_SIZE) * block_bytes(self.checkpoint)
 
     def arguments(self, *, roomy: bool) -> list[str]:
         """Of both engines; in a `roomy` one all decoded chunks fit beside the pool."""
-        tokens = (4 * self.sizes.rounds if roomy else _ROOM) * self.sizes.prompt
-        memory = -(-tokens // BLOCK_SIZE) * block_bytes(self.checkpoint)
+        memory = self._memory(roomy=roomy)
         dtype = str(self.checkpoint.dtype).removeprefix("torch.")
         named = ["--model", str(self.directory), "--dtype", dtype, "--threads", str(self.threads)]
         return [*named, "--kv-memory", str(memory)]
