@@ -31,7 +31,7 @@ bench: $(STAMP)
 report: $(STAMP)
 	$(BIN)/python -m loadtest.report $(ARGS)
 
-$(STAMP): pyproject.toml $(wildcard cachestore/loops.h cachestore/kv/*.c engine/*.c engine/attention/*.[ch] gateway/embedding/*.c)
+$(STAMP): pyproject.toml $(wildcard cachestore/loops.h cachestore/kv/*.c engine/*.c engine/attention/*.[ch] gateway/embedding/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hitpath needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)

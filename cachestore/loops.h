@@ -1,4 +1,4 @@
-/* For all loops that are compiled here: Python's numbers, floats of 16 bits, and one loop for several processors. */
+/* For all loops that are compiled here: numbers, floats of 16 bits, sums of vectors, one loop for several processors. */
 #ifndef HITPATH_LOOPS_H
 #define HITPATH_LOOPS_H
 #define Py_LIMITED_API 0x030B0000
@@ -46,4 +46,21 @@ static inline bf16 narrow_bf16(float x) {
 
 static inline float wide_float(float x) { return x; }
 static inline float narrow_float(float x) { return x; }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+/* The sum of eight floats, and the largest. */
+__attribute__((target("avx2"))) static inline float total_8(__m256 x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+__attribute__((target("avx2"))) static inline float top_8(__m256 x) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
 #endif

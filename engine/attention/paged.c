@@ -10,7 +10,6 @@
 #include "loops.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
 #define ABLE 1
 #define HERE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #else

@@ -2,6 +2,7 @@
  * Included by paged.c. Values need no laying out, since a row of them is what the instruction wants.
  */
 #define HERE __attribute__((target("avx2,fma")))
+#define INNER HERE static inline __attribute__((always_inline))
 #define LANES 8
 #define FLOAT_STRIP 64 /* keys and values of so many stay in the first-level cache */
 #define TOGETHER 6 /* rows whose sums the registers hold, times two vectors */
@@ -12,7 +13,7 @@ typedef struct {
     float scores[ROWS + TOGETHER][FLOAT_STRIP];
     float sums[ROWS + TOGETHER][DIM];
     float keys[DIM][FLOAT_STRIP];
-    const float *values[FLOAT_STRIP];
+    const float *rows[DIM], *values[FLOAT_STRIP]; /* of keys, and of the pool */
     float most[ROWS + TOGETHER], total[ROWS + TOGETHER];
 } FloatScratch;
 
@@ -28,18 +29,6 @@ HERE static inline __m256 float_power(__m256 x) { /* 2 to the x ≤ 0 */
     y = _mm256_fmadd_ps(y, rest, _mm256_set1_ps(1.0f));
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-}
-
-HERE static inline float float_total(__m256 x) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-HERE static inline float float_top(__m256 x) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
 /* Eight numbers of eight keys to eight rows of one number of each. */
@@ -83,57 +72,49 @@ HERE static void float_lay_out(const Step *step, const int32_t *table, Py_ssize_
             float_transpose(of_keys + i, at, (float (*)[FLOAT_STRIP])(own->keys[at] + i));
 }
 
-/* One row's sums of a product and the sums of all: arrays of registers are written back by some compilers. */
+/* Two vectors of each of six rows, which are `apart` numbers apart, become the sums of `by[row * width + i]` times the
+ * vectors at `of[i]`, scaled, and `more` what they were. Arrays of registers are written back by some compilers. */
+INNER void float_product(float *to, Py_ssize_t apart, const float *by, Py_ssize_t width, const float *const *of,
+                         Py_ssize_t at, Py_ssize_t count, int more, float scale) {
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 #define BEGIN(I) __m256 left##I = _mm256_setzero_ps(), right##I = left##I;
+    EACH(BEGIN)
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const __m256 one = _mm256_loadu_ps(of[i] + at), two = _mm256_loadu_ps(of[i] + at + LANES);
 #define ADD(I)                                                                                                         \
     {                                                                                                                  \
-        const __m256 all = _mm256_broadcast_ss(by + I * width);                                                        \
+        const __m256 all = _mm256_broadcast_ss(by + I * width + i);                                                    \
         left##I = _mm256_fmadd_ps(all, one, left##I);                                                                  \
         right##I = _mm256_fmadd_ps(all, two, right##I);                                                                \
     }
+        EACH(ADD)
+    }
+    const __m256 scales = _mm256_set1_ps(scale), none = _mm256_setzero_ps();
+#define END(I)                                                                                                         \
+    {                                                                                                                  \
+        float *own = to + I * apart + at;                                                                              \
+        _mm256_storeu_ps(own, _mm256_fmadd_ps(left##I, scales, more ? _mm256_loadu_ps(own) : none));                   \
+        own += LANES;                                                                                                  \
+        _mm256_storeu_ps(own, _mm256_fmadd_ps(right##I, scales, more ? _mm256_loadu_ps(own) : none));                  \
+    }
+    EACH(END)
+#undef EACH
+#undef BEGIN
+#undef ADD
+#undef END
+}
 
 /* Scores of six rows and `pairs` times sixteen keys. */
 HERE static void float_score(FloatScratch *own, Py_ssize_t row, Py_ssize_t pairs, Py_ssize_t dim, float scale) {
-    const Py_ssize_t width = DIM;
-    for (Py_ssize_t at = 0; at < pairs * 2 * LANES; at += 2 * LANES) {
-        EACH(BEGIN)
-        for (Py_ssize_t i = 0; i < dim; i++) {
-            const __m256 one = _mm256_loadu_ps(own->keys[i] + at), two = _mm256_loadu_ps(own->keys[i] + at + LANES);
-            const float *by = own->queries[row] + i;
-            EACH(ADD)
-        }
-#define END(I)                                                                                                         \
-    _mm256_storeu_ps(own->scores[row + I] + at, _mm256_mul_ps(left##I, _mm256_set1_ps(scale)));                        \
-    _mm256_storeu_ps(own->scores[row + I] + at + LANES, _mm256_mul_ps(right##I, _mm256_set1_ps(scale)));
-        EACH(END)
-#undef END
-    }
+    for (Py_ssize_t at = 0; at < pairs * 2 * LANES; at += 2 * LANES)
+        float_product(own->scores[row], FLOAT_STRIP, own->queries[row], DIM, own->rows, at, dim, 0, scale);
 }
 
 /* Add the weighted values of a strip to six rows' sums. */
 HERE static void float_add(FloatScratch *own, Py_ssize_t row, Py_ssize_t keys, Py_ssize_t dim) {
-    const Py_ssize_t width = FLOAT_STRIP;
-    for (Py_ssize_t at = 0; at < dim; at += 2 * LANES) {
-        EACH(BEGIN)
-        for (Py_ssize_t i = 0; i < keys; i++) {
-            const __m256 one = _mm256_loadu_ps(own->values[i] + at), two = _mm256_loadu_ps(own->values[i] + at + LANES);
-            const float *by = own->scores[row] + i;
-            EACH(ADD)
-        }
-#define END(I)                                                                                                         \
-    {                                                                                                                  \
-        float *to = own->sums[row + I] + at;                                                                           \
-        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), left##I));                                             \
-        _mm256_storeu_ps(to + LANES, _mm256_add_ps(_mm256_loadu_ps(to + LANES), right##I));                            \
-    }
-        EACH(END)
-#undef END
-    }
+    for (Py_ssize_t at = 0; at < dim; at += 2 * LANES)
+        float_product(own->sums[row], DIM, own->scores[row], FLOAT_STRIP, own->values, at, keys, 1, 1.0f);
 }
-#undef ADD
-#undef BEGIN
-#undef EACH
 
 /* Scores of a row at `position` to weights, in their place, and what it has so far brought to their scale. */
 HERE static void float_weigh(const Step *step, FloatScratch *own, Py_ssize_t row, Py_ssize_t start, Py_ssize_t groups,
@@ -157,7 +138,7 @@ HERE static void float_weigh(const Step *step, FloatScratch *own, Py_ssize_t row
         }
         most = _mm256_max_ps(most, one);
     }
-    float before = own->most[row], now = float_top(most);
+    float before = own->most[row], now = top_8(most);
     now = now > before ? now : before;
     if (now == -INFINITY) { /* it sees none of these, nor any before */
         memset(scores, 0, groups * LANES * sizeof(float));
@@ -172,7 +153,7 @@ HERE static void float_weigh(const Step *step, FloatScratch *own, Py_ssize_t row
     }
     float shrunk = before == -INFINITY ? 0.0f : _mm256_cvtss_f32(float_power(_mm256_set1_ps(before - now)));
     own->most[row] = now;
-    own->total[row] = own->total[row] * shrunk + float_total(sum);
+    own->total[row] = own->total[row] * shrunk + total_8(sum);
     if (shrunk != 1.0f)
         for (Py_ssize_t at = 0; at < step->dim; at += LANES)
             _mm256_storeu_ps(own->sums[row] + at,
@@ -186,6 +167,8 @@ HERE static void float_attend_tile(const Step *step, const int32_t *tile, Py_ssi
     const int32_t *table = step->tables + tile[0] * step->width;
     const int64_t *positions = step->positions + tile[1];
     const Py_ssize_t stop = positions[tile[2] - 1] + 1;
+    for (Py_ssize_t i = 0; i < dim; i++)
+        own.rows[i] = own.keys[i];
     for (Py_ssize_t i = 0; i < rows + TOGETHER; i++) {
         const float *from = (const float *)step->queries + (tile[1] + i / group) * step->row;
         if (i < rows)
@@ -223,4 +206,5 @@ HERE static void float_attend_tile(const Step *step, const int32_t *tile, Py_ssi
 #undef TOGETHER
 #undef FLOAT_STRIP
 #undef LANES
+#undef INNER
 #undef HERE

@@ -137,13 +137,12 @@ def beside(directory: Path, dtype: torch.dtype) -> Path:
     """Where a model's point for this dtype is, or goes: `reuse.json`, unless that is another dtype's."""
     name = str(dtype).removeprefix("torch.")
     plain, own = directory / FILE, directory / f"reuse-{name}.json"
-    if own.is_file() or not plain.is_file():
-        return own if own.is_file() else plain
+    if own.is_file():
+        return own
     try:
-        other = json.loads(plain.read_bytes())["dtype"] != name
+        return plain if json.loads(plain.read_bytes())["dtype"] == name else own
     except (OSError, ValueError, KeyError, TypeError):
-        other = False  # who loads it says what is wrong with it
-    return own if other else plain
+        return plain  # who loads it says what is wrong with it
 
 
 def load(path: Path) -> OperatingPoint:

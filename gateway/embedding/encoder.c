@@ -13,7 +13,6 @@
 #define LARGEST 16 /* lanes */
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
 #define ABLE 1
 #else
 #define ABLE 0
@@ -103,18 +102,6 @@ typedef __m256 Mask_8;
 
 INNER __m256i zero_8(void) { return _mm256_setzero_si256(); }
 INNER __m256i load_8(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
-
-INNER float total_8(__m256 x) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-INNER float top_8(__m256 x) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
 
 INNER __m256 rounded_8(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -1,8 +1,8 @@
 """The int8 graphs of `build.py` and of the pair model without onnxruntime, on CPUs with AVX-512 VNNI or AVX2.
 
-`encoder.c` has the loops.
-Half of onnxruntime's time for a question of a dozen tokens lies between its products. The graph's file stays what is
-checked and shipped: its constants are read from there, and its nodes are known, since we write them.
+`encoder.c` has the loops. Half of onnxruntime's time for a question of a dozen tokens lies between its products. The
+graph's file stays what is checked and shipped: its constants are read from there, and its nodes are known, since we
+write them.
 """
 
 from __future__ import annotations

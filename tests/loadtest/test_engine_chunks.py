@@ -111,14 +111,14 @@ def test_a_verdict_says_what_does_not_hold() -> None:
         ),
         0.0,
     )
-    good = Verdict("full", {"filling": Tally(answered=3, equal=3)}, (1.0, 1.0), 0.1, counted, same=True)
+    good = Verdict("full", {"filling": Tally(answered=3, equal=3)}, (1.0, 1.0), (9.0, 0.1), counted, same=True)
     assert good.failures == []
     bad = {"filling": Tally(answered=3, equal=2, failed=1, problems=["no"])}
     leaking = counted | {"hitpath_engine_blocksused": 2.0}
-    assert Verdict("full", bad, (1.0, 9.0), 8.0, leaking, same=True).failures == [
+    assert Verdict("full", bad, (1.0, 9.0), (0.1, 8.0), leaking, same=True).failures == [
         "no",
         "1 requests were not answered",
         "1 answers are others",
-        "memory grows by 8.0 MiB a minute",
+        "memory grows by 8.0 MiB a minute late",
         "hitpath_engine_blocksused is 2",
     ]
