@@ -19,7 +19,8 @@
 #endif
 
 #if ABLE
-/* A product: weights laid out as [columns / lanes, depth / 4, lanes, 4], what an integer stands for, what is added. */
+/* A product: weights laid out as [columns / two vectors, depth / 4, lanes of both, 4], what an integer stands for, what
+ * is added. */
 typedef struct {
     const int8_t *weights;
     const float *scale, *bias;
@@ -48,6 +49,7 @@ static Product product(const Py_ssize_t *n, const float *floats) {
     return found;
 }
 
+#define AHEAD 4096 /* bytes of weights: so early they are asked for, since all together outgrow the nearer caches */
 #define TOGETHER 64 /* rows whose buffers the second-level cache holds */
 #define ADDRESSES 19 /* of a layer, in the order of `run` */
 
@@ -181,27 +183,78 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Py_RETURN_NONE;
 }
 
-/* dense(out, x, weights, rows, columns, depth, lanes): float32, out [rows, columns] = x [rows, depth] times weights
- * [columns, depth] transposed; addresses, but for the last four, and depth a multiple of 32. The library behind numpy
- * would wake threads for it. */
+/* dense(out, x, weights, bias, rows, columns, depth, gated, lanes): float32, out [rows, columns] = x [rows, depth] times
+ * weights [columns, depth] transposed, and bias, as x · Φ(x) if gated; addresses, but for the last five. Depth is a
+ * multiple of 32, and of columns that are gated there is one of 16. The library behind numpy would wake threads for it. */
 static PyObject *dense(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    Py_ssize_t n[7];
-    if (numbers(args, given, 7, n) < 0)
+    Py_ssize_t n[9];
+    if (numbers(args, given, 9, n) < 0)
         return NULL;
 #if ABLE
-    float *out = (float *)n[0];
-    for (Py_ssize_t row = 0; row < n[3]; row++)
-        for (Py_ssize_t column = 0; column < n[4]; column++, out++) {
-            const float *one = (const float *)n[1] + row * n[5], *other = (const float *)n[2] + column * n[5];
-            *out = (n[6] == 16 ? dot_16 : dot_8)(one, other, n[5]);
-        }
+    for (Py_ssize_t row = 0; row < n[4]; row++)
+        (n[8] == 16 ? dense_row_16 : dense_row_8)((float *)n[0] + row * n[5], (const float *)n[1] + row * n[6],
+                                                  (const float *)n[2], (const float *)n[3], n[5], n[6], n[7]);
 #endif
+    Py_RETURN_NONE;
+}
+
+/* gather(rows, words, scales, places, marks, ids, marked, lengths, texts): addresses, but for the last. Each row, float32
+ * [DIM], is the word of its id and the place in its text; words are float32, or int8 where `scales`, one a word, is not
+ * 0. Where `marks` is not 0, the row of it that `marked` says is added. */
+static PyObject *gather(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Py_ssize_t n[9];
+    if (numbers(args, given, 9, n) < 0)
+        return NULL;
+    const float *words = (const float *)n[1], *scales = (const float *)n[2], *marks = (const float *)n[4];
+    const int8_t *whole = (const int8_t *)n[1];
+    const int64_t *ids = (const int64_t *)n[5], *marked = (const int64_t *)n[6];
+    float *row = (float *)n[0];
+    for (Py_ssize_t text = 0; text < n[8]; text++) {
+        const float *place = (const float *)n[3], *behind = place + ((const int32_t *)n[7])[text] * DIM;
+        for (; place < behind; place += DIM, row += DIM, ids++) {
+            if (scales)
+                for (int i = 0; i < DIM; i++)
+                    row[i] = whole[*ids * DIM + i] * scales[*ids] + place[i];
+            else
+                for (int i = 0; i < DIM; i++)
+                    row[i] = words[*ids * DIM + i] + place[i];
+            for (int i = 0; marks && i < DIM; i++)
+                row[i] += marks[*marked * DIM + i];
+            marked += marks != NULL;
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+/* means(out, rows, counts, parts, unit): addresses, but for the last two; float32 out [parts, DIM] of so many rows each,
+ * one behind the other; of length one if `unit`. */
+static PyObject *means(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Py_ssize_t n[5];
+    if (numbers(args, given, 5, n) < 0)
+        return NULL;
+    float *out = (float *)n[0];
+    const float *row = (const float *)n[1];
+    for (Py_ssize_t part = 0; part < n[3]; part++, out += DIM) {
+        const int32_t count = ((const int32_t *)n[2])[part];
+        double squares = 0;
+        memset(out, 0, DIM * sizeof(float));
+        for (int32_t at = 0; at < count; at++, row += DIM)
+            for (int i = 0; i < DIM; i++)
+                out[i] += row[i];
+        for (int i = 0; i < DIM; i++)
+            squares += (double)out[i] * out[i];
+        const float by = (float)(n[4] ? 1 / sqrt(squares) : 1.0 / count);
+        for (int i = 0; i < DIM; i++)
+            out[i] *= by;
+    }
     Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
     {"lanes", lanes, METH_NOARGS, NULL},
     {"dense", (PyCFunction)(void (*)(void))dense, METH_FASTCALL, NULL},
+    {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, NULL},
+    {"means", (PyCFunction)(void (*)(void))means, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,36 @@ class Unfit(Exception):
     """This graph cannot be run here; onnxruntime can."""
 
 
-class Encoder:
-    """What the graph does between the sum of the embeddings and the last rows."""
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What the first rows are made of."""
 
-    def __init__(self, constants: Mapping[str, NDArray[Any]], lanes: int | None = None) -> None:
+    words: NDArray[Any]
+    """A row for each word, [vocabulary, DIM]: float32, or int8 with `scales`."""
+    places: Floats
+    """A row for each place in a text, [longest text, DIM]."""
+    scales: Floats | None = None
+    """One for each word."""
+    marks: Floats | None = None
+    """A row for each mark that a token may have, [marks, DIM]."""
+
+    def __post_init__(self) -> None:
+        numbers = np.float32 if self.scales is None else np.int8
+        for name, table, kind in (
+            ("words", self.words, numbers),
+            ("places", self.places, np.float32),
+            ("marks", self.marks, np.float32),
+        ):
+            if table is not None and (table.dtype != kind or table.shape[1:] != (DIM,) or not table.flags.c_contiguous):
+                raise ValueError(f"{name}: {table.dtype} {table.shape}")
+        if self.scales is not None and (self.scales.dtype != np.float32 or self.scales.size != len(self.words)):
+            raise ValueError(f"scales: {self.scales.dtype} {self.scales.shape} for {len(self.words)} words")
+
+
+class Encoder:
+    """What the graph does between token ids and the last rows, and a few sums of those."""
+
+    def __init__(self, constants: Mapping[str, NDArray[Any]], tables: Tables, lanes: int | None = None) -> None:
         """Lay out the weights; 11 MB. `lanes`: floats in a vector, 16 or 8; None: the most there are. Raises Unfit."""
         try:
             self._loops: Any = importlib.import_module("gateway.embedding._encoder")
@@ -43,48 +71,61 @@ class Encoder:
         self._lanes = most if lanes is None else lanes
         if not most or self._lanes > most:
             raise Unfit(f"this processor has no {'AVX2' if not most else 'AVX-512 VNNI'}")
+        self._tables = tables
+        self._addresses = [_address(table) for table in (tables.words, tables.scales, tables.places, tables.marks)]
         try:
             self._kept = _laid_out(constants, self._lanes)
         except (KeyError, IndexError, ValueError) as error:
             raise Unfit(f"its constants are not those of the graph that is known: {error!r}") from error
-        self._table = self._kept[0]
+        self._table = _address(self._kept[0])
 
-    def run(self, rows: Floats, lengths: Sequence[int]) -> Floats:
-        """Rows [sum of lengths, DIM] of texts one behind the other, not padded, to the last rows; in place."""
-        if (
-            rows.shape != (sum(lengths), DIM)
-            or rows.dtype != np.float32
-            or not rows.flags.c_contiguous
-            or min(lengths) < 1
-        ):
-            raise ValueError(f"rows {rows.dtype} {rows.shape} for texts of {lengths} tokens")
-        counts = np.array(lengths, np.int32)
-        addresses = (self._table.ctypes.data, rows.ctypes.data, counts.ctypes.data)
-        self._loops.run(*addresses, len(counts), max(lengths), self._lanes)
+    def rows(self, texts: Sequence[Sequence[int]], marks: Sequence[Sequence[int]] = ()) -> Floats:
+        """Token ids of texts, and the mark of each where there are marks, to the last rows [sum of lengths, DIM].
+
+        Raises ValueError where there is no such word, place or mark.
+        """
+        tables, lengths = self._tables, [len(text) for text in texts]
+        longest = max(lengths, default=0)
+        if min(lengths, default=0) < 1 or longest > len(tables.places) or not _within(texts, len(tables.words)):
+            raise ValueError(f"texts of {lengths} tokens for {len(tables.words)} words and {len(tables.places)} places")
+        if tables.marks is not None and not (_within(marks, len(tables.marks)) and lengths == [*map(len, marks)]):
+            raise ValueError(f"no marks below {len(tables.marks)} for texts of {lengths} tokens")
+        ids, marked = (np.fromiter(chain.from_iterable(of), np.int64) for of in (texts, marks))
+        sizes = np.array(lengths, np.int32)
+        rows = np.empty((len(ids), DIM), np.float32)
+        to, counts = _address(rows), _address(sizes)
+        self._loops.gather(to, *self._addresses, _address(ids), _address(marked), counts, len(texts))
+        self._loops.run(self._table, to, counts, len(texts), longest, self._lanes)
         return rows
 
-    def dense(self, x: Floats, weights: Floats) -> Floats:
-        """x [N, D] times weights [F, D] transposed, D a multiple of 32."""
-        x, weights = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(weights, np.float32)
-        if x.shape[1] != weights.shape[1] or x.shape[1] % 32:
-            raise ValueError(f"rows of {x.shape[1]} numbers for weights {weights.shape}")
-        out = np.empty((len(x), len(weights)), np.float32)
-        addresses = (out.ctypes.data, x.ctypes.data, weights.ctypes.data)
-        self._loops.dense(*addresses, *out.shape, x.shape[1], self._lanes)
+    def means(self, rows: Floats, counts: Sequence[int], *, unit: bool = False) -> Floats:
+        """Means of so many rows each, which stand one behind the other: [parts, DIM]; of length one if `unit`."""
+        if sum(counts) != len(rows) or min(counts) < 1:
+            raise ValueError(f"parts of {counts} rows for {len(rows)}")
+        parts, out = np.array(counts, np.int32), np.empty((len(counts), DIM), np.float32)
+        self._loops.means(_address(out), _address(rows), _address(parts), len(parts), unit)
+        return out
+
+    def dense(self, x: Floats, weights: Floats, bias: Floats, *, gated: bool = False) -> Floats:
+        """x [N, D] times weights [F, D] transposed, and bias [F], as y · Φ(y) if `gated`.
+
+        Raises ValueError where D is no multiple of 32 or, gated, F none of 16.
+        """
+        x, weights, bias = (np.ascontiguousarray(value, np.float32) for value in (x, weights, bias))
+        width, depth = weights.shape
+        if x.shape[1] != depth or bias.shape != (width,) or depth % 32 or (gated and width % 16):
+            raise ValueError(f"rows of {x.shape[1]} numbers for weights {weights.shape} and a bias {bias.shape}")
+        out = np.empty((len(x), width), np.float32)
+        self._loops.dense(*map(_address, (out, x, weights, bias)), *out.shape, depth, gated, self._lanes)
         return out
 
 
-def gated(x: Floats) -> Floats:
-    """x · Φ(x), of a few numbers; erf as `encoder.c` has it."""
-    scaled = np.abs(x) * np.float32(0.70710678)
-    t = 1 / (1 + np.float32(0.3275911) * scaled)
-    terms = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-    rest = np.zeros_like(t)
-    for term in terms:
-        rest = rest * t + np.float32(term)
-    erf = np.copysign(1 - rest * t * np.exp(-scaled * scaled), x)
-    found: Floats = x * np.float32(0.5) * (1 + erf)
-    return found
+def _address(values: NDArray[Any] | None) -> int:
+    return 0 if values is None else values.ctypes.data
+
+
+def _within(texts: Sequence[Sequence[int]], size: int) -> bool:
+    return len(texts) > 0 and min(map(min, texts)) >= 0 and max(map(max, texts)) < size
 
 
 def constants_of(model: bytes) -> dict[str, NDArray[Any]]:
@@ -208,7 +249,7 @@ def _product(
     if matrix.dtype != np.int8 or constants[f"{key}.zero"].any() or np.abs(matrix.astype(np.int16)).max() > _MOST:
         raise ValueError(f"{key} has no int8 weights around zero, of {_MOST} at most")
     depth, columns = matrix.shape
-    weights = matrix.reshape(depth // 4, 4, columns // lanes, lanes).transpose(2, 0, 3, 1)
+    weights = matrix.reshape(depth // 4, 4, columns // (2 * lanes), 2 * lanes).transpose(2, 0, 3, 1)
     scale = (constants[f"{key}.scale"] * step).astype(np.float32)
     # What the zero point adds to every sum is known beforehand.
     known = matrix.astype(np.int64).sum(0) * zero * scale.astype(np.float64)

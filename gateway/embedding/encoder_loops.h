@@ -17,11 +17,14 @@ INNER void OF(put)(float *to, OF(Whole) sums, const float *scale, const float *b
 /* `rows` rows, which are known when it is compiled, times two vectors of columns. */
 INNER void OF(multiply_rows)(const int rows, float *to, Py_ssize_t width, const uint8_t *from, Py_ssize_t depth,
                              const Product *by, Py_ssize_t column) {
-    const int8_t *left = by->weights + column * depth, *right = left + LANES * depth;
+    const int8_t *weights = by->weights + column * depth;
 #define BEGIN(I) OF(Whole) left##I = OF(zero)(), right##I = left##I;
     EACH(BEGIN)
     for (Py_ssize_t at = 0; at < depth; at += 4) {
-        const OF(Whole) one = OF(load)(left + at * LANES), two = OF(load)(right + at * LANES);
+        const int8_t *here = weights + at * 2 * LANES;
+        const OF(Whole) one = OF(load)(here), two = OF(load)(here + 4 * LANES);
+        for (int line = 0; line < 8 * LANES; line += 64)
+            __builtin_prefetch(here + line + AHEAD);
 #define ADD(I)                                                                                                         \
     if (I < rows) {                                                                                                    \
         int32_t four;                                                                                                  \
@@ -96,10 +99,10 @@ INNER OF(Vector) OF(power)(OF(Vector) x) { /* e to the x ≤ 0 */
     return OF(scaled)(y, whole);
 }
 
-/* x · Φ(x); erf by Abramowitz and Stegun's 7.1.26, within 1.5e-7. */
-HERE static void OF(gate)(float *x, const float *even) {
+/* x · Φ(x), times `even` if it is given; erf by Abramowitz and Stegun's 7.1.26, within 1.5e-7. */
+HERE static void OF(gate)(float *x, const float *even, Py_ssize_t size) {
     const OF(Vector) one = OP(set1_ps)(1.0f), sign = OP(set1_ps)(-0.0f);
-    for (int i = 0; i < HIDDEN; i += LANES) {
+    for (Py_ssize_t i = 0; i < size; i += LANES) {
         OF(Vector) value = OP(loadu_ps)(x + i), scaled = OP(mul_ps)(value, OP(set1_ps)(0.70710678f));
         OF(Vector) size = OP(andnot_ps)(sign, scaled);
         OF(Vector) t = OP(div_ps)(one, OP(fmadd_ps)(size, OP(set1_ps)(0.3275911f), one));
@@ -111,7 +114,7 @@ HERE static void OF(gate)(float *x, const float *even) {
         OF(Vector) rest = OP(mul_ps)(OP(mul_ps)(y, t), OF(power)(OP(xor_ps)(sign, OP(mul_ps)(size, size))));
         OF(Vector) erf = OP(or_ps)(OP(sub_ps)(one, rest), OP(and_ps)(sign, scaled));
         value = OP(mul_ps)(OP(mul_ps)(value, OP(set1_ps)(0.5f)), OP(add_ps)(one, erf));
-        OP(storeu_ps)(x + i, OP(mul_ps)(value, OP(loadu_ps)(even + i)));
+        OP(storeu_ps)(x + i, even ? OP(mul_ps)(value, OP(loadu_ps)(even + i)) : value);
     }
 }
 
@@ -212,7 +215,7 @@ HERE static void OF(layer_of)(const Layer *of, float *rows, const int32_t *lengt
     }
     OF(multiply)(room->wide, HIDDEN, room->bytes, count, DIM, &of->up);
     for (Py_ssize_t row = 0; row < count; row++) {
-        OF(gate)(room->wide + row * HIDDEN, of->even);
+        OF(gate)(room->wide + row * HIDDEN, of->even, HIDDEN);
         OF(to_bytes)(room->bytes + row * HIDDEN, room->wide + row * HIDDEN, HIDDEN, of->down.inverse, of->down.zero);
     }
     OF(multiply)(room->branch, DIM, room->bytes, count, HIDDEN, &of->down);
@@ -235,13 +238,22 @@ static void OF(encode)(const Py_ssize_t *n, float *rows, const int32_t *lengths,
         OF(norm)(rows + row * DIM, rows + row * DIM, (const float *)n[2], (const float *)n[3]);
 }
 
-HERE static float OF(dot)(const float *one, const float *other, Py_ssize_t size) {
+INNER float OF(dot)(const float *one, const float *other, Py_ssize_t size) {
     OF(Vector) first = OP(setzero_ps)(), second = first;
     for (Py_ssize_t i = 0; i < size; i += 2 * LANES) {
         first = OP(fmadd_ps)(OP(loadu_ps)(one + i), OP(loadu_ps)(other + i), first);
         second = OP(fmadd_ps)(OP(loadu_ps)(one + i + LANES), OP(loadu_ps)(other + i + LANES), second);
     }
     return OF(total)(OP(add_ps)(first, second));
+}
+
+/* One row: weights [columns, depth] times x, and bias; gated or not. */
+HERE static void OF(dense_row)(float *out, const float *x, const float *weights, const float *bias, Py_ssize_t columns,
+                               Py_ssize_t depth, Py_ssize_t gated) {
+    for (Py_ssize_t column = 0; column < columns; column++)
+        out[column] = OF(dot)(x, weights + column * depth, depth) + bias[column];
+    if (gated)
+        OF(gate)(out, NULL, columns);
 }
 
 #undef LANES

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gateway.embedding import EmbedderError, Embedding
-from gateway.embedding.encoder import Encoder, Unfit, constants_of
+from gateway.embedding.encoder import Encoder, Tables, Unfit, constants_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -96,20 +95,13 @@ def _loops(model: str | bytes) -> Vectors | None:
         constants = constants_of(model if isinstance(model, bytes) else Path(model).read_bytes())
         # Copies, so that the file's bytes go.
         words, scales, places = (constants[name].copy() for name in ("words", "words.scale", "places"))
-        encoder = Encoder(constants)
+        encoder = Encoder(constants, Tables(words, places, scales))
     except (Unfit, ValueError, KeyError) as error:
         _log.info("the embedder runs on onnxruntime: %s", error)
         return None
 
     def vectors(batch: Sequence[Ids]) -> Floats:
-        lengths = [len(ids) for ids in batch]
-        ids = np.fromiter(chain.from_iterable(batch), np.int64)
-        rows = words[ids] * scales[ids]
-        starts = np.cumsum([0, *lengths])
-        rows += places[np.arange(len(ids)) - np.repeat(starts[:-1], lengths)]
-        sums: Floats = np.add.reduceat(encoder.run(rows, lengths), starts[:-1])
-        sums /= np.linalg.norm(sums, axis=1, keepdims=True)
-        return sums
+        return encoder.means(encoder.rows(batch), [len(ids) for ids in batch], unit=True)
 
     return vectors
 

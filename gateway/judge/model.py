@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gateway.embedding.encoder import Encoder, Unfit, constants_of, gated
+from gateway.embedding.encoder import Encoder, Tables, Unfit, constants_of
 from gateway.embedding.minilm import DIM, new_session
 from gateway.judge.pairs import TEXT_TOKENS, Row, row
 from gateway.judge.words import word_table
@@ -66,26 +66,24 @@ def _loops(model: str | bytes, words: Words) -> Logits | None:
     """The int8 graph in loops of ours, where that can be."""
     try:
         constants = constants_of(model if isinstance(model, bytes) else Path(model).read_bytes())
-        own = {name: constants[name].copy() for name in ("places", "mark", *_TOP)}
-        encoder = Encoder(constants)
+        # Copies, so that the file's bytes go.
+        places, marks, *top = (constants[name].copy() for name in ("places", "mark", *_TOP))
+        encoder = Encoder(constants, Tables(words, places, marks=marks))
     except (Unfit, ValueError, KeyError) as error:
         _log.info("the pair model runs on onnxruntime: %s", error)
         return None
+    units, bias, answer, offset = top
 
     def logits(rows: Sequence[Row]) -> list[float]:
-        lengths = [len(item.ids) for item in rows]
-        starts = np.cumsum([0, *lengths])
-        # Where each text of a pair begins: its markers count with it.
-        parts = np.stack((starts[:-1], starts[:-1] + [item.second for item in rows]), 1).ravel()
-        seen = words[np.fromiter(chain.from_iterable(item.ids for item in rows), np.int64)]
-        seen += own["places"][np.arange(len(seen)) - np.repeat(starts[:-1], lengths)]
-        seen += own["mark"][np.fromiter(chain.from_iterable(item.marks for item in rows), np.int64)]
-        encoder.run(seen, lengths)
-        sizes = np.diff(np.append(parts, starts[-1]))[:, None].astype(np.float32)
-        left, right = (np.add.reduceat(seen, parts) / sizes).reshape(len(rows), 2, DIM).swapaxes(0, 1)
-        top = np.concatenate((seen[starts[:-1]], np.abs(left - right), left * right), 1)
-        units = gated(encoder.dense(top, own["units.weight"]) + own["units.bias"])
-        values: list[float] = (encoder.dense(units, own["answer.weight"]) + own["answer.bias"])[:, 0].tolist()
+        seen = encoder.rows([item.ids for item in rows], [item.marks for item in rows])
+        # Each text of a pair; its markers count with it.
+        counts = [count for item in rows for count in (item.second, len(item.ids) - item.second)]
+        left, right = encoder.means(seen, counts).reshape(len(rows), 2, DIM).swapaxes(0, 1)
+        starts = [0, *accumulate(len(item.ids) for item in rows)][:-1]
+        found = np.concatenate((seen[starts], np.abs(left - right), left * right), 1)
+        values: list[float] = encoder.dense(encoder.dense(found, units, bias, gated=True), answer, offset)[
+            :, 0
+        ].tolist()
         return values
 
     return logits

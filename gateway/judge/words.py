@@ -22,4 +22,7 @@ def word_table(path: Path) -> NDArray[np.float32]:
     if entry is None or entry["dtype"] != "F32":
         raise ValueError(f"{path}: there is no float32 {TABLE}")
     start, _ = entry["data_offsets"]
-    return np.memmap(path, np.float32, "r", offset=8 + length + start, shape=tuple(entry["shape"]))
+    table: NDArray[np.float32] = np.asarray(
+        np.memmap(path, np.float32, "r", offset=8 + length + start, shape=tuple(entry["shape"]))
+    )
+    return table

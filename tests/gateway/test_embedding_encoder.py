@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.embedding.build import plain, read_safetensors
-from gateway.embedding.encoder import DIM, Encoder, Unfit, constants_of, gated
+from gateway.embedding.encoder import DIM, Encoder, Tables, Unfit, constants_of
 from gateway.embedding.local import find_model, load
 from gateway.embedding.minilm import MiniLM, graph
 from gateway.judge import model as judge
@@ -33,10 +34,24 @@ TEXTS = (
 )
 
 
+def opened(lanes: int | None = None, **changed: np.ndarray[Any, Any]) -> Encoder:
+    """The pair model's encoder, with some constants changed. Raises Unfit."""
+    constants = constants_of(PAIR_MODEL.read_bytes()) | changed
+    words = word_table(find_model() / "model.safetensors")
+    return Encoder(constants, Tables(words, constants["places"], marks=constants["mark"]), lanes)
+
+
+def drawn(seed: int, lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of texts, and marks."""
+    chance = np.random.default_rng(seed)
+    ids, marks = ([chance.integers(0, size, length).tolist() for length in lengths] for size in (30522, 10))
+    return ids, marks
+
+
 @pytest.fixture(scope="module", params=[16, 8])
 def encoder(request: pytest.FixtureRequest) -> Encoder:
     try:
-        return Encoder(constants_of(PAIR_MODEL.read_bytes()), request.param)
+        return opened(request.param)
     except Unfit as error:
         if "processor" not in str(error):
             raise
@@ -84,7 +99,7 @@ def test_vectors_are_those_of_the_graph(minilm: MiniLM, cache: Path) -> None:
 
 def test_logits_are_those_of_the_graph(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = find_model()
-    monkeypatch.setattr(judge, "Encoder", lambda constants: encoder)
+    monkeypatch.setattr(judge, "Encoder", lambda constants, tables: encoder)
     model = PairModel(str(PAIR_MODEL), source / "model.safetensors", source / "tokenizer.json")
     plainly = judge.graph(str(PAIR_MODEL), word_table(source / "model.safetensors"), threads=1)
     tokens = [ids for text in TEXTS if (ids := model.tokens(text)) is not None]
@@ -105,64 +120,96 @@ def test_who_wants_several_threads_gets_onnxruntime() -> None:
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 65, 130]), min_size=1, max_size=8))
 def test_a_text_is_the_same_whatever_stands_beside_it(encoder: Encoder, lengths: list[int]) -> None:
-    rows = np.random.default_rng(len(lengths)).standard_normal((sum(lengths), DIM), np.float32)
-    together, start = encoder.run(rows.copy(), lengths), 0
-    for length in lengths:
-        alone = encoder.run(rows[start : start + length].copy(), [length])
-        np.testing.assert_array_equal(together[start : start + length], alone)
-        start += length
+    texts, marks = drawn(len(lengths), lengths)
+    together, start = encoder.rows(texts, marks), 0
+    for text, marked in zip(texts, marks, strict=True):
+        alone = encoder.rows([text], [marked])
+        np.testing.assert_array_equal(together[start : start + len(text)], alone)
+        start += len(text)
     assert np.isfinite(together).all()
 
 
-def test_rows_that_do_not_fit_are_refused(encoder: Encoder) -> None:
+@pytest.mark.parametrize(
+    ("texts", "marks", "message"),
+    [
+        ([], [], "texts of"),
+        ([[5, 6], []], [[0, 0], []], "texts of"),
+        ([[30522]], [[0]], "30522 words"),
+        ([[-1]], [[0]], "30522 words"),
+        ([[5] * 388], [[0] * 388], "387 places"),
+        ([[5, 6]], [], "marks"),
+        ([[5, 6]], [[0]], "marks"),
+        ([[5, 6]], [[0, 10]], "marks below 10"),
+        ([[5], [6, 7]], [[0, 0], [0]], "marks"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(
+    encoder: Encoder, texts: list[list[int]], marks: list[list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder.rows(texts, marks)
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
     good = np.zeros((3, DIM), np.float32)
-    wrong: tuple[tuple[Any, list[int]], ...] = (
-        (good, [2]),
-        (good.astype(np.float64), [3]),
-        (good[:, ::-1], [3]),
-        (good, [3, 0]),
+    wrong: tuple[dict[str, Any], ...] = (
+        {"words": good.astype(np.float64)},
+        {"words": good[:, ::-1]},
+        {"words": good, "scales": np.ones(3, np.float32)},
+        {"words": good.astype(np.int8), "scales": np.ones(2, np.float32)},
+        {"places": good[:, :8]},
+        {"marks": good[0]},
     )
-    for rows, lengths in wrong:
-        with pytest.raises(ValueError, match="rows"):
-            encoder.run(rows, lengths)
+    for tables in wrong:
+        with pytest.raises(ValueError, match=r"words|scales|places|marks"):
+            Tables(**({"words": good, "places": good} | tables))
 
 
 def test_vectors_of_either_width_give_the_same() -> None:
-    constants = constants_of(PAIR_MODEL.read_bytes())
     try:
-        wide, narrow = Encoder(constants, 16), Encoder(constants, 8)
+        wide, narrow = opened(16), opened(8)
     except Unfit as error:
         pytest.skip(str(error))
     for seed in range(8):
-        rows = np.random.default_rng(seed).standard_normal((40, DIM), np.float32)
-        seen, other = (one.run(rows.copy(), [17, 23]) for one in (wide, narrow))
+        seen, other = (one.rows(*drawn(seed, [17, 23])) for one in (wide, narrow))
         # See above on rounding to bytes.
         assert np.corrcoef(seen.ravel(), other.ravel())[0, 1] > 0.998
 
 
 def test_weights_that_overflow_are_left_to_onnxruntime(encoder: Encoder) -> None:
-    constants = dict(constants_of(PAIR_MODEL.read_bytes()))
-    constants["3.o.weight"] = constants["3.o.weight"].copy()
-    constants["3.o.weight"][5, 7] = -65
+    weights = constants_of(PAIR_MODEL.read_bytes())["3.o.weight"].copy()
+    weights[5, 7] = -65
     with pytest.raises(Unfit, match="64 at most"):
-        Encoder(constants)
+        opened(None, **{"3.o.weight": weights})
 
 
 def test_another_graph_is_left_to_onnxruntime(encoder: Encoder) -> None:
     twin = plain(read_safetensors(find_model() / "model.safetensors")).SerializeToString()
     with pytest.raises(Unfit, match="not those of the graph"):
-        Encoder(constants_of(twin))
+        Encoder(constants_of(twin), Tables(np.zeros((1, DIM), np.float32), np.zeros((1, DIM), np.float32)))
+
+
+def test_means(encoder: Encoder) -> None:
+    rows = np.random.default_rng(0).standard_normal((9, DIM), np.float32)
+    wanted = np.stack([rows[:1].mean(0), rows[1:6].mean(0), rows[6:].mean(0)])
+    np.testing.assert_allclose(encoder.means(rows, [1, 5, 3]), wanted, rtol=1e-5, atol=1e-6)
+    lengths = np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.means(rows, [1, 5, 3], unit=True), wanted / lengths, rtol=1e-5, atol=1e-6)
+    for counts in ([1, 5], [9, 0]):
+        with pytest.raises(ValueError, match="parts"):
+            encoder.means(rows, counts)
 
 
 def test_dense(encoder: Encoder) -> None:
     chance = np.random.default_rng(0)
-    x, weights = (chance.standard_normal((count, 96), np.float32) for count in (3, 5))
-    np.testing.assert_allclose(encoder.dense(x, weights), x @ weights.T, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="96"):
-        encoder.dense(x, weights[:, :64])
-
-
-def test_gated() -> None:
-    x = np.array([-9.0, -1.5, -1e-3, 0.0, 0.2, 3.0, 12.0], np.float32)
-    wanted = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x.tolist()]
-    np.testing.assert_allclose(gated(x), wanted, atol=2e-6)
+    x, weights = (chance.standard_normal((count, 96), np.float32) for count in (3, 16))
+    bias = np.linspace(-9, 9, 16, dtype=np.float32)
+    wanted = x @ weights.T + bias
+    np.testing.assert_allclose(encoder.dense(x, weights, bias), wanted, rtol=1e-4, atol=1e-4)
+    gated = [[value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in row] for row in wanted.tolist()]
+    np.testing.assert_allclose(encoder.dense(x, weights, bias, gated=True), gated, rtol=1e-4, atol=1e-4)
+    for wrong in ((weights[:, :64], bias), (weights, bias[:5])):
+        with pytest.raises(ValueError, match="96 numbers"):
+            encoder.dense(x, *wrong)
+    with pytest.raises(ValueError, match="bias"):
+        encoder.dense(x, weights[:5], bias[:5], gated=True)
