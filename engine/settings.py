@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Attention = Literal["auto", "sdpa", "triton", "varlen"]
+Attention = Literal["auto", "sdpa", "avx512", "avx2", "triton", "varlen"]
+"""See `engine.attention.choose`."""
 _CODECS = ("raw", "fp8", "int8", "int4", "int2", "entropy", "mixed")
 """As `cachestore.kv.codecs.CODECS`, which is not imported here: it needs torch."""
 _DISK_SIZE = 16 * 2**30
@@ -92,7 +93,7 @@ def parse_calibration(arguments: Sequence[str]) -> CalibrationSettings:
     parser = argparse.ArgumentParser(
         prog="hitpath engine calibrate", description="Measure how chunks can be reused with a model."
     )
-    parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
+    _add_model(parser)
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -117,12 +118,8 @@ def parse_calibration(arguments: Sequence[str]) -> CalibrationSettings:
         help="of stored chunks (default: auto, the first of entropy, int8 and raw that loses no more than may be lost)",
     )
     parser.add_argument("--least", type=_positive, default=64, help="tokens of the smallest chunk (default: 64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--threads", type=_positive, default=None, help="default: the cores this process may use")
     given = vars(parser.parse_args(arguments))
     most_kl, least_agreement = given.pop("loss")
-    given["threads"] = given["threads"] or usable_cores()
     return CalibrationSettings(**given, most_kl=most_kl, least_agreement=least_agreement)
 
 
@@ -147,18 +144,43 @@ def parse(arguments: Sequence[str]) -> Settings:
         description="The bundled OpenAI-compatible engine.",
         epilog="`hitpath engine calibrate --help`: find out what of a model's stored chunks can be reused.",
     )
+    _add_model(parser)
+    _add_serving(parser)
+    _add_steps(parser)
+    _add_events(parser)
+    _add_reuse(parser)
+    given = vars(parser.parse_args(arguments))
+    if given["token_budget"] is not None and given["token_budget"] < given["max_running"]:
+        parser.error(f"--token-budget {given['token_budget']} is less than --max-running {given['max_running']}")
+    if given["kv_events"] is None and (given["kv_events_replay"] or given["kv_events_topic"]):
+        parser.error("--kv-events-replay and --kv-events-topic need --kv-events")
+    given["served_name"] = given["served_name"] or Path(given["model"]).resolve().name
+    return Settings(reuse=_reuse(parser, given), **given)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory in the Hugging Face layout, or `bundled`")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--threads", type=_positive, default=usable_cores(), help="default: the cores this process may use"
+    )
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-name", help="model name clients use (default: the directory's name)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--port", type=_port, default=8081, help="0 takes a free one (default: 8081)")
     where.add_argument("--uds", help="path of a UNIX socket to listen on instead")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--grace", type=_positive, default=10, help="seconds to finish answers when stopped")
+    parser.add_argument("--parent-pid", type=_positive, help="stop when this process is gone")
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-memory", type=size, help="bytes for keys and values (default: 1GiB; most of a GPU)")
     parser.add_argument("--context", type=_positive, help="most tokens of prompt and answer together")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto", help="kernels (default: auto)")
-    parser.add_argument("--threads", type=_positive, default=None, help="default: the cores this process may use")
     parser.add_argument("--max-running", type=_positive, default=64, help="answers computed together (default: 64)")
     parser.add_argument("--max-waiting", type=_positive, default=256, help="answers that may wait (default: 256)")
     parser.add_argument(
@@ -167,51 +189,12 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument(
         "--patience", type=_positive, default=30, help="seconds after which a waiting answer is overtaken no more"
     )
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-events", metavar="ENDPOINT", help="publish KV events there, e.g. tcp://*:5557")
     parser.add_argument("--kv-events-replay", metavar="ENDPOINT", help="answer requests for missed KV events there")
     parser.add_argument("--kv-events-topic", default="", help="topic of the KV events (default: empty)")
-    _add_reuse(parser)
-    parser.add_argument("--grace", type=_positive, default=10, help="seconds to finish answers when stopped")
-    parser.add_argument("--parent-pid", type=_positive, help="stop when this process is gone")
-    args = parser.parse_args(arguments)
-    if args.token_budget is not None and args.token_budget < args.max_running:
-        parser.error(f"--token-budget {args.token_budget} is less than --max-running {args.max_running}")
-    if args.kv_events is None and (args.kv_events_replay or args.kv_events_topic):
-        parser.error("--kv-events-replay and --kv-events-topic need --kv-events")
-    _check_reuse(parser, args)
-    return Settings(
-        model=args.model,
-        served_name=args.served_name or Path(args.model).resolve().name,
-        host=args.host,
-        port=args.port,
-        uds=args.uds,
-        device=args.device,
-        dtype=args.dtype,
-        kv_memory=args.kv_memory,
-        context=args.context,
-        attention=args.attention,
-        threads=args.threads or usable_cores(),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-        token_budget=args.token_budget,
-        patience=args.patience,
-        kv_events=args.kv_events,
-        kv_events_replay=args.kv_events_replay,
-        kv_events_topic=args.kv_events_topic,
-        reuse=ReuseSettings(
-            on=args.reuse == "auto",
-            point=args.reuse_point,
-            host=args.kv_host,
-            disk=args.kv_disk,
-            disk_size=args.kv_disk_size or _DISK_SIZE,
-            quota=args.kv_quota,
-            redis=args.kv_redis,
-            tags=args.chunk_tags,
-            separators=args.chunk_separators,
-        ),
-        grace=args.grace,
-        parent_pid=args.parent_pid,
-    )
 
 
 def _add_reuse(parser: argparse.ArgumentParser) -> None:
@@ -237,14 +220,25 @@ def _add_reuse(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_reuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit where flags contradict each other."""
-    if args.kv_disk_size is not None and args.kv_disk is None:
+def _reuse(parser: argparse.ArgumentParser, given: dict[str, Any]) -> ReuseSettings:
+    """Take what `_add_reuse` has added out; exit where flags contradict each other."""
+    if given["kv_disk_size"] is not None and given["kv_disk"] is None:
         parser.error("--kv-disk-size needs --kv-disk")
     flags = ("reuse_point", "kv_disk", "kv_quota", "kv_redis", "chunk_tags", "chunk_separators")
-    given = [flag for flag in flags if getattr(args, flag)]
-    if args.reuse == "off" and given:
-        parser.error(f"--reuse off: --{given[0].replace('_', '-')} has no meaning then")
+    told = [flag for flag in flags if given[flag]]
+    if given["reuse"] == "off" and told:
+        parser.error(f"--reuse off: --{told[0].replace('_', '-')} has no meaning then")
+    return ReuseSettings(
+        on=given.pop("reuse") == "auto",
+        point=given.pop("reuse_point"),
+        host=given.pop("kv_host"),
+        disk=given.pop("kv_disk"),
+        disk_size=given.pop("kv_disk_size") or _DISK_SIZE,
+        quota=given.pop("kv_quota"),
+        redis=given.pop("kv_redis"),
+        tags=given.pop("chunk_tags"),
+        separators=given.pop("chunk_separators"),
+    )
 
 
 def size(text: str) -> int:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig
 from engine.cpu import LoopedOps
 from engine.ops import Ops, PlainOps
+from engine.settings import Attention
 
 log = logging.getLogger("hitpath.engine")
 
-Attention = Literal["auto", "sdpa", "avx512", "avx2", "triton", "varlen"]
 _Trial = tuple[Packed, LayerPool, Tensor, tuple[Tensor, Tensor]]
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative error, ‖seen - expected‖ / ‖expected‖."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.attention import AttentionBackend, LayerPool, Packed
-from engine.attention.choose import Attention, choose, choose_ops
+from engine.attention.choose import choose, choose_ops
 from engine.blocks import BlockManager
 from engine.checkpoint import Checkpoint, SamplingDefaults
 from engine.config import ModelConfig, parse_config
@@ -39,6 +39,7 @@ from engine.ops import PlainOps
 from engine.runner import Failed, Finished, Happened, Job, Progress, Runner
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
+from engine.settings import Attention
 from engine.tokenizer import ChatTokenizer
 from loadtest.table import Bar, Row, render
 

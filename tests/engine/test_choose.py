@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.attention import LayerPool, Packed
-from engine.attention.choose import Attention, choose, choose_ops, prove, prove_ops
+from engine.attention.choose import choose, choose_ops, prove, prove_ops
 from engine.attention.sdpa import Plan, SdpaBackend
 from engine.attention.varlen import Unavailable
 from engine.config import ModelConfig, parse_config
 from engine.cpu import LoopedOps
 from engine.ops import PlainOps
+from engine.settings import parse
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -68,12 +69,13 @@ def test_a_cpu_gets_loops_for_small_steps_where_they_agree() -> None:
     ("name", "dtype", "other"), [("avx512", torch.bfloat16, torch.float32), ("avx2", torch.float32, torch.bfloat16)]
 )
 def test_a_cpu_with_the_instructions_can_have_the_backend_for_them(
-    name: Attention, dtype: torch.dtype, other: torch.dtype
+    name: str, dtype: torch.dtype, other: torch.dtype
 ) -> None:
     sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 4096}
     made: dict[str, Any] = {"device": CPU, "block_size": 16}
+    wanted = parse(["--model", "any", "--attention", name]).attention
     try:
-        named = choose(config(**sizes), wanted=name, dtype=dtype, **made)
+        named = choose(config(**sizes), wanted=wanted, dtype=dtype, **made)
     except Unavailable as error:
         pytest.skip(str(error)) if "processor" in str(error) else pytest.fail(str(error))
     assert named.name == name
@@ -81,7 +83,7 @@ def test_a_cpu_with_the_instructions_can_have_the_backend_for_them(
     assert choose(config(**sizes), dtype=dtype, **made).name in (name, "sdpa")
     assert choose(config(hidden_size=128, head_dim=48), dtype=dtype, **made).name == "sdpa"
     with pytest.raises(Unavailable, match=rf"{name}.*{other}"):
-        choose(config(**sizes), dtype=other, wanted=name, **made)
+        choose(config(**sizes), dtype=other, wanted=wanted, **made)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
