@@ -668,6 +668,8 @@ class KvStore:
             self._finish(order.slot)
             with self._lock:
                 self._counts["stored" if kept else "unwritten"] += 1
+            if not kept:
+                self._tell(Gone(order.slot.key))
 
     def _keep(self, order: _Order) -> bool:
         slot = order.slot

@@ -106,8 +106,8 @@ class Library:
             indexed=self._take_indexed,
             compared=self._take_compared,
         )
-        self._worse: dict[Text, tuple[Chunk, ...]] = {}
-        """What goes when a refined version is stored."""
+        self._worse: dict[Key, tuple[Chunk, ...]] = {}
+        """By refined version that is being stored: what goes once it is."""
         self._keeping: list[Keeping] = []
         """Of the worker."""
         self._keys: dict[Key, tuple[Text, str, int]] = {}
@@ -374,7 +374,7 @@ class Library:
         text, holder = text_of(event.key[0], event.tokens), refined_as(noted.slot) if noted.refined else SEEN
         with self._books:
             self._keys[event.key] = (text, holder, noted.slot)
-            worse = self._worse.pop(text, ()) if noted.refined else ()
+            worse = self._worse.pop(event.key, ())
         if self.point.indexed and noted.refined:
             self.versions.add(text, noted.slot, noted.context)
         first = not self.known.holders(text) - {_POOL}
@@ -387,6 +387,7 @@ class Library:
     def _now_gone(self, key: Key) -> None:
         with self._books:
             entry = self._keys.pop(key, None)
+            self._worse.pop(key, None)
         if entry is None:
             return
         text, holder, slot = entry
@@ -419,14 +420,18 @@ class Library:
             self._put_refined(text, tenant, chunk, slot, () if goes is None else (refined_as(goes),))
 
     def _put_refined(self, text: Text, tenant: str, chunk: ChunkKv, slot: int, worse: Sequence[str]) -> None:
-        """Keep it in this slot; once it is stored, those variants go, and what the prompt had computed."""
+        """Keep it in this slot, unless one is being stored there; once it is, those variants and what was seen go."""
+        version = Chunk(chunk.tokens, tenant, refined_as(slot))
+        key = (salt(tenant), version.name(self.store.geometry))
+        with self._books:
+            if key in self._worse:
+                return
+            self._worse[key] = tuple(Chunk(chunk.tokens, tenant, variant) for variant in (SEEN, *worse))
         self._counts.refined += 1
         self._warm(text, Held(chunk, refined=True, slot=slot))
-        with self._books:
-            self._worse[text] = tuple(Chunk(chunk.tokens, tenant, variant) for variant in (SEEN, *worse))
-        if not self._store(Chunk(chunk.tokens, tenant, refined_as(slot)), chunk, refined=True, slot=slot):
+        if not self._store(version, chunk, refined=True, slot=slot):
             with self._books:
-                self._worse.pop(text, None)
+                self._worse.pop(key, None)
 
     def _take_compared(self, compared: Compared) -> None:
         if not self.gate.observe(compared.kl, compared.agrees):

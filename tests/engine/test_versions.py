@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from engine.executor import Executor, Outcome
 from engine.reuse.chunks import ChunkKv, ContextIndex
 from engine.reuse.hot import Held, Hot
 from engine.reuse.idle import PIECE, IdleJobs, Observation
-from engine.reuse.known import text_of
+from engine.reuse.known import name_of, text_of
 from engine.reuse.trial import Trial
 from engine.reuse.versions import Versions
 from engine.scheduler import Chunk
@@ -257,6 +259,35 @@ def test_of_a_text_no_more_versions_are_kept_than_the_point_says(checkpoint: Che
         assert figures.store.chunks == 4 + 2
         assert figures.store.evicted == 0
         assert made.library.store.check() == []
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_of_a_text_one_version_is_written_at_a_time(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    with crafting(checkpoint) as made:
+        library, go_on = made.library, threading.Event()
+        put = library.store._shelf.put
+        monkeypatch.setattr(library.store._shelf, "put", lambda *args: go_on.wait(20) and stored and put(*args))
+        asked(made, ONE, TWO)
+        asked(made, THREE, TWO)
+        while len(library.idle_jobs):
+            time.sleep(0.005)
+        text = text_of("t", TWO)
+        (text,) = (key for key in library.hot._chunks if key.name == text.name)
+        hot = library.hot.get(text)
+        assert hot is not None
+        assert hot.chunk.context is not None
+        assert hot.chunk.context.prefix[1] == name_of(ONE)  # the later one would have lain where the first is written
+        assert library._worse
+        go_on.set()
+        made.settled()
+        assert not library._worse
+        # What goes once the first is written has gone, and the next one finds its place.
+        assert library.known.holders(text) == ({"pool", "refined"} if stored else {"pool"})
+        asked(made, FOUR, TWO)
+        made.settled()
+        assert library.known.holders(text) == ({"pool", "refined", "refined1"} if stored else {"pool"})
 
 
 def test_what_is_behind_the_known_prefix_is_named_as_before(checkpoint: Checkpoint) -> None:
