@@ -38,6 +38,8 @@ _CHUNK = 128
 """Rows handled between two turns of the event loop while loading or sweeping: about a millisecond."""
 _GROUP = 128
 """Documents in one transaction at most."""
+_ALONE, _BRIEF = 2, 16 * 2**10
+"""Documents, and bytes of their bodies, that are encoded on the event loop: a tenth of a millisecond."""
 _SWEEP_EVERY = 1.0
 _NOTE_HITS_EVERY = 30.0
 _NOTES_MAX = 10_000
@@ -276,7 +278,7 @@ class Store:
         """
         group = self._next_group()
         try:
-            rows = await self._in(self._writer, lambda: [encode(waiting.document) for waiting in group])
+            rows = await self._encoded([waiting.document for waiting in group])
             admitted = self._admit(group, rows)
             return await self._commit(admitted)
         except Exception:
@@ -285,6 +287,12 @@ class Store:
             for waiting in group:
                 waiting.settle(NotStored.STORE_FAILED)
             return False
+
+    async def _encoded(self, documents: Sequence[Document]) -> list[Row]:
+        """Few bytes at once, which takes less than the way to the writer's thread and back; many there."""
+        if len(documents) <= _ALONE and sum(len(document.body) for document in documents) <= _BRIEF:
+            return [encode(document) for document in documents]
+        return await self._in(self._writer, lambda: [encode(document) for document in documents])
 
     def _next_group(self) -> list[_Waiting]:
         group: list[_Waiting] = []

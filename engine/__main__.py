@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import CheckpointError, SettingsError
+from engine.memory import share_freed
 from engine.settings import CalibrationSettings, Settings, parse, parse_calibration
 from engine.threads import before_torch
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parse(given)
     if not _torch_is_there():
         return 2
+    share_freed()
     if settings.parent_pid is not None:
         threading.Thread(target=_follow, args=(settings.parent_pid, settings.grace), daemon=True).start()
     try:
