@@ -12,6 +12,7 @@ import torch
 from starlette.applications import Starlette
 
 from cachestore.kv import Geometry, Happening, KvStore, Options, StoreError, Tiers, open_store
+from engine.attention import AttentionBackend
 from engine.attention.choose import choose, choose_ops
 from engine.attention.varlen import Unavailable
 from engine.blocks import BlockManager
@@ -116,7 +117,7 @@ def assemble(settings: Settings) -> Assembled:
         repairs=0 if point is None else point.repair,
     )
     hot = hot_bytes(blocks * block_bytes(checkpoint))
-    opened = None if point is None else _library(settings, checkpoint, point, books, publisher, hot)
+    opened = None if point is None else _library(settings, checkpoint, backend, point, books, publisher, hot)
     library, tiers = (None, ()) if opened is None else opened
     parts = _Parts(checkpoint, books, scheduler, executor, publisher, library)
     application = _application(parts, context, settings.reuse)
@@ -202,6 +203,7 @@ def operating_point(settings: Settings, checkpoint: Checkpoint, directory: Path)
 def _library(
     settings: Settings,
     checkpoint: Checkpoint,
+    backend: AttentionBackend,
     point: OperatingPoint,
     books: BlockManager,
     publisher: Publisher | None,
@@ -229,6 +231,7 @@ def _library(
 
     library = Library(
         checkpoint,
+        backend,
         point,
         open_store=opened,
         hot=hot,

@@ -15,6 +15,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from engine.attention import AttentionBackend
 from engine.checkpoint import Checkpoint
 from engine.reuse.cachecraft import Observer
 from engine.reuse.chunks import ChunkKv
@@ -88,6 +89,7 @@ class IdleJobs:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        backend: AttentionBackend,
         stored: Stored,
         *,
         seen: Callable[[Text], ChunkKv | None],
@@ -99,7 +101,8 @@ class IdleJobs:
         """`seen`: a chunk as a prompt computed it, if it is at hand. `others`: texts to compute a chunk behind. The
         last three take the results; `indexed` is told text and tenant.
         """
-        self._checkpoint, self._stored, self._seen, self._others = checkpoint, stored, seen, others
+        self._checkpoint, self._backend = checkpoint, backend
+        self._stored, self._seen, self._others = stored, seen, others
         self._refined, self._indexed, self._compared = refined, indexed, compared
         self._observations: deque[Observation] = deque(maxlen=_MOST_OBSERVATIONS)
         self._refinements: OrderedDict[Text, Refinement] = OrderedDict()
@@ -173,7 +176,7 @@ class IdleJobs:
                 assert_never(never)
         for after in before:
             whole = [*after, *job.tokens]
-            trial = Trial(self._checkpoint, len(whole))
+            trial = Trial(self._checkpoint, len(whole), self._backend)
             for _ in trial.pieces(whole, PIECE):
                 yield
             versions.append(trial.taken(whole, len(after), len(whole)))
@@ -182,7 +185,7 @@ class IdleJobs:
 
     def _observe(self, job: Observation) -> Iterator[None]:
         """Not what the prompt had: that may have been computed behind chunks that are not exact."""
-        trial = Trial(self._checkpoint, len(job.tokens))
+        trial = Trial(self._checkpoint, len(job.tokens), self._backend)
         observer = Observer(job.texts, len(job.tokens), self._checkpoint.config.windows)
         for _ in trial.pieces(job.tokens, PIECE, observer):
             yield
@@ -191,7 +194,7 @@ class IdleJobs:
             yield
 
     def _check(self, job: Check) -> Iterator[None]:
-        trial = Trial(self._checkpoint, len(job.tokens))
+        trial = Trial(self._checkpoint, len(job.tokens), self._backend)
         if job.unused is not None:
             blended = trial.blend(job.unused.prompt, job.unused.selector, 1)
             yield

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from cachestore.kv import Chunk, Gone, Happening, Kept, Key, KvStore, Slot, Transfer, salt
 from cachestore.kv.controller import Controller, Plan, Source, Wanted
 from cachestore.kv.threads import Workers, alone
-from engine.attention import KvPool
+from engine.attention import AttentionBackend, KvPool
 from engine.checkpoint import Checkpoint
 from engine.reuse.borrowing import Borrowing, Keeping, Want
 from engine.reuse.cachecraft import in_order, unfit
@@ -74,6 +74,7 @@ class Library:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        backend: AttentionBackend,
         point: OperatingPoint,
         *,
         open_store: Callable[[Callable[[Happening], None]], KvStore],
@@ -83,8 +84,9 @@ class Library:
         patience: float = 5.0,
         seed: int | None = None,
     ) -> None:
-        """`open_store` is given whom it must tell. `hot`: bytes of decoded chunks. `known`: leading tokens of a
-        sequence that need not be looked for, asked with the runner's lock held. `seed`: of which prompts are checked.
+        """`backend`: of the executor. `open_store` is given whom it must tell. `hot`: bytes of decoded chunks. `known`:
+        leading tokens of a sequence that need not be looked for, asked with the runner's lock held. `seed`: of which
+        prompts are checked.
         """
         self.checkpoint, self.point = checkpoint, point
         self._known_prefix, self._emit, self._patience = known, tell, patience
@@ -99,6 +101,7 @@ class Library:
         self._counts = _Counts()
         self.idle_jobs = IdleJobs(
             checkpoint,
+            backend,
             point.stored,
             seen=self._seen,
             others=self.known.others,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.attention import KvPool, Packed
+from engine.attention import AttentionBackend, KvPool, Packed
 from engine.attention.choose import choose
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
@@ -25,10 +25,11 @@ BLOCK = 16
 class Trial:
     """Room for one prompt of up to `capacity` tokens."""
 
-    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, capacity: int, backend: AttentionBackend | None = None) -> None:
+        """`backend`: of blocks of BLOCK tokens; None has one chosen, which takes longer than a short prompt."""
         config = checkpoint.config
         self._checkpoint = checkpoint
-        self._backend = choose(config, dtype=checkpoint.dtype, device=checkpoint.device, block_size=BLOCK)
+        self._backend = backend or choose(config, dtype=checkpoint.dtype, device=checkpoint.device, block_size=BLOCK)
         blocks = -(-capacity // BLOCK)
         self._pool = KvPool(
             layers=config.layers,

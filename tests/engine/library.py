@@ -115,8 +115,10 @@ def rig(
 
     books = BlockManager(blocks, BLOCK_SIZE, root=b"tiny")
     told: list[ChunkEvent] = []
+    backend = SdpaBackend()
     library = Library(
         checkpoint,
+        backend,
         chosen,
         open_store=store or opened,
         hot=hot,
@@ -136,7 +138,7 @@ def rig(
     runner = Runner(
         checkpoint,
         scheduler,
-        executor(checkpoint, SdpaBackend(), blocks=blocks, context=CONTEXT),
+        executor(checkpoint, backend, blocks=blocks, context=CONTEXT),
         deliver=deliver,
         library=library,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cachestore.kv import Tiers
 from cachestore.kv.controller import Controller
+from engine.attention.sdpa import SdpaBackend
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.executor import Executor, Outcome
 from engine.reuse.chunks import ChunkKv, ContextIndex
@@ -145,6 +146,7 @@ def test_prompts_are_observed_in_pieces_and_no_text_twice_at_a_time(checkpoint: 
     found: list[tuple[bytes, str, ChunkKv]] = []
     jobs = IdleJobs(
         checkpoint,
+        SdpaBackend(),
         "seen",
         seen=nobody,
         others=nobody,
