@@ -37,7 +37,7 @@ from gateway.settings import Settings
 from gateway.trusting import trust_rules
 from loadtest.data import DataError, data_dir, read_rows
 from loadtest.simulate_budget import stream
-from policies.budget import BudgetRules, CategoryBudget
+from policies.budget import BudgetRules, CategoryBudget, Decision
 from policies.category import CategoryPolicy, CategoryTable
 from policies.load import Load, LoadRules, Signals, relaxed
 
@@ -157,55 +157,69 @@ def run(calls: Sequence[Arrival], pool: Pool, setup: Setup, loaded: Sequence[boo
     picks = draw.integers(0, len(pool.p), len(calls))
     near = draw.random(len(calls)) < (setup.repeat if setup.cached else 0.0)
     draws = draw.random(len(calls))
-    span = calls[-1].at - calls[0].at
-    slots = max(1, round(sum(call.service for call in calls) / span / setup.overload))
-    mean = sum(call.service for call in calls) / len(calls)
-    rules = LoadRules(objective=2 * mean)
-    backend, budget, load = _Backend(slots), CategoryBudget(rules_of(setup), setup.wanted), Load()
-    kept = np.zeros(len(calls))
-    waits: list[float] = []
-    engaged: list[bool] = []
-    hits = wrong_hits = checks = refusals = 0
+    gateway = _Gateway(calls, setup)
     for place, call in enumerate(calls):
-        load = load.after(call.at, backend.signals(call.at), rules)
-        engaged.append(load.engaged)
-        served = False
-        if near[place]:
-            pick = int(picks[place])
-            wrong = bool(pool.wrong[pick])
-            wanted = relaxed(setup.wanted, setup.floor, load.relief, setup.max_relax)
-            idle = load.level < _BUSY
-            decision = budget.decide(float(pool.p[pick]), float(draws[place]), wanted, checks=idle)
-            served = decision.serve
-            hits += served
-            wrong_hits += served and wrong
-            kept[place] = served
+        pick = int(picks[place])
+        found = (float(pool.p[pick]), bool(pool.wrong[pick])) if near[place] else None
+        gateway.take(call, found, float(draws[place]))
+    return gateway.result(loaded), gateway.engaged
+
+
+class _Gateway:
+    """A cache in front of a backend that is asked for more than it can do, and what became of the calls so far."""
+
+    def __init__(self, calls: Sequence[Arrival], setup: Setup) -> None:
+        span = calls[-1].at - calls[0].at
+        service = sum(call.service for call in calls)
+        self._setup, self._rules = setup, LoadRules(objective=2 * service / len(calls))
+        self._backend = _Backend(max(1, round(service / span / setup.overload)))
+        self._budget, self._load = CategoryBudget(rules_of(setup), setup.wanted), Load()
+        self._kept: list[int] = []
+        """By call: 1 where the backend was spared it."""
+        self._waits: list[float] = []
+        self.engaged: list[bool] = []
+        """By call: whether the load was engaged."""
+        self._hits = self._wrong = self._checks = self._refusals = 0
+
+    def take(self, call: Arrival, found: tuple[float, bool] | None, draw: float) -> None:
+        """Answer a call; `found`: the judge's word for the nearest entry, and whether that is wrong."""
+        self._load = self._load.after(call.at, self._backend.signals(call.at), self._rules)
+        self.engaged.append(self._load.engaged)
+        decision = None if found is None else self._decide(found[0], draw)
+        served = decision is not None and decision.serve
+        self._hits += served
+        self._wrong += served and found is not None and found[1]
         # A check of a hit is a call like others: it may be refused, and then there is no label.
-        if served and not decision.check:
-            continue
-        wait = backend.take(call)
+        asked = not served or (decision is not None and decision.check)
+        wait = self._backend.take(call) if asked else None
+        self._kept.append(served and wait is None)
         if served:
-            checks += wait is not None
-            kept[place] -= wait is not None
+            self._checks += wait is not None
         elif wait is None:
-            refusals += 1
+            self._refusals += 1
         else:
-            waits.append(wait)
-        if near[place] and decision.check and wait is not None:
-            budget.learn(decision, float(wrong))
-    marked = np.array(engaged if loaded is None else loaded)
-    result = Result(
-        kept=float(kept.mean()),
-        kept_overloaded=float(kept[marked].mean()) if marked.any() else 0.0,
-        hits=hits,
-        error=wrong_hits / max(1, hits),
-        checked=checks / max(1, hits),
-        refused=refusals / len(calls),
-        wait_p95=float(np.quantile(waits, 0.95)) if waits else 0.0,
-        engaged=float(np.mean(engaged)),
-        changes=sum(one != two for one, two in pairwise(engaged)),
-    )
-    return result, engaged
+            self._waits.append(wait)
+        if decision is not None and found is not None and decision.check and wait is not None:
+            self._budget.learn(decision, float(found[1]))
+
+    def _decide(self, p: float, draw: float) -> Decision:
+        wanted = relaxed(self._setup.wanted, self._setup.floor, self._load.relief, self._setup.max_relax)
+        return self._budget.decide(p, draw, wanted, checks=self._load.level < _BUSY)
+
+    def result(self, loaded: Sequence[bool] | None) -> Result:
+        """The figures; see `run`."""
+        kept, marked = np.array(self._kept, float), np.array(self.engaged if loaded is None else loaded)
+        return Result(
+            kept=float(kept.mean()),
+            kept_overloaded=float(kept[marked].mean()) if marked.any() else 0.0,
+            hits=self._hits,
+            error=self._wrong / max(1, self._hits),
+            checked=self._checks / max(1, self._hits),
+            refused=self._refusals / len(kept),
+            wait_p95=float(np.quantile(self._waits, 0.95)) if self._waits else 0.0,
+            engaged=float(np.mean(self.engaged)),
+            changes=sum(one != two for one, two in pairwise(self.engaged)),
+        )
 
 
 def rules_of(setup: Setup) -> BudgetRules:
