@@ -88,7 +88,7 @@ class Encoder:
         longest = max(lengths, default=0)
         if min(lengths, default=0) < 1 or longest > len(tables.places) or not _within(texts, len(tables.words)):
             raise ValueError(f"texts of {lengths} tokens for {len(tables.words)} words and {len(tables.places)} places")
-        if tables.marks is not None and not (_within(marks, len(tables.marks)) and lengths == [*map(len, marks)]):
+        if tables.marks is not None and not (lengths == [*map(len, marks)] and _within(marks, len(tables.marks))):
             raise ValueError(f"no marks below {len(tables.marks)} for texts of {lengths} tokens")
         ids, marked = (np.fromiter(chain.from_iterable(of), np.int64) for of in (texts, marks))
         sizes = np.array(lengths, np.int32)

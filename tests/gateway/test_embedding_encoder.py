@@ -139,6 +139,7 @@ def test_a_text_is_the_same_whatever_stands_beside_it(encoder: Encoder, lengths:
         ([[5] * 388], [[0] * 388], "387 places"),
         ([[5, 6]], [], "marks"),
         ([[5, 6]], [[0]], "marks"),
+        ([[5], [6]], [[0], []], "marks below 10"),
         ([[5, 6]], [[0, 10]], "marks below 10"),
         ([[5], [6, 7]], [[0, 0], [0]], "marks"),
     ],
