@@ -586,7 +586,8 @@ class Store:
             after = max([row.id for row in rows] + damaged)
 
     def _drop_damaged(self, id: int, problem: str) -> None:
-        if id in self._deleting:
+        gone = self.loaded.is_set() and self._view.table.slot_of(id) is None
+        if gone or id in self._deleting or id in self._gone:  # whoever read it at the same time may be late
             return
         self._damaged += 1
         logger.error("%s: %s; it is deleted", self._log.path, problem)

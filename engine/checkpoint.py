@@ -85,11 +85,11 @@ def _dtype(asked: str, saved: str, device: torch.device) -> torch.dtype:
         return _DTYPES[asked]
     dtype = _DTYPES.get(saved, torch.float32)
     if device.type == "cpu" and dtype != torch.float32:
-        return torch.bfloat16 if _computes_bfloat16() else torch.float32
+        return torch.bfloat16 if computes_bfloat16() else torch.float32
     return dtype
 
 
-def _computes_bfloat16() -> bool:
+def computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself; emulating it is slower than float32."""
     cpu = torch.cpu
     return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loadtest.data import data_dir
+from loadtest.training.autocast import autocast
 from loadtest.training.samples import IGNORE, Row, Samples, Specials, read_books
 from loadtest.training.scaffold import Scaffold
 
@@ -154,7 +155,7 @@ def rate(step: int, total: int) -> float:
 
 
 def train(model: nn.Module, samples: Samples, rng: np.random.Generator, phases: tuple[Phase, ...]) -> None:
-    """Muon and AdamW with bfloat16 autocast; prints the running loss."""
+    """Muon and AdamW; prints the running loss."""
     total = sum(phase.steps for phase in phases)
     optimizers, scaffold = _optimizers(model), Scaffold(model)
     began, mean = time.monotonic(), 0.0
@@ -198,7 +199,7 @@ def copied(model: nn.Module, samples: Samples) -> str:
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the targets that are to be learned."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         scores = model(inputs, use_cache=False).logits
     return functional.cross_entropy(scores.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 

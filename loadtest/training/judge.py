@@ -47,6 +47,7 @@ from gateway.judge.pairs import Row, row
 from loadtest.data import data_dir
 from loadtest.training import judge_calibrate as calibrate
 from loadtest.training import judge_export as export
+from loadtest.training.autocast import autocast
 from loadtest.training.judge_data import NOISY, SHARES, Sample, derived, epoch, read_sets, split
 from loadtest.training.judge_net import PairNet
 from loadtest.training.judge_text import Tokens
@@ -171,7 +172,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate(given, step)
         inputs, wanted = batch()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = net(*inputs)
         loss = functional.binary_cross_entropy_with_logits(logits, wanted)
         loss.backward()  # type: ignore[no-untyped-call]

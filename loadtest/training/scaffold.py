@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loadtest.training.autocast import autocast
+
 Goal = Literal["before", "followed"]
 HEADS: tuple[tuple[int, int, Goal], ...] = ((1, 0, "before"), (3, 0, "followed"), (3, 2, "followed"))
 """Layer, head, and what it is to look at: the token before, or the one that followed when the last two tokens stood
@@ -66,7 +68,7 @@ class Scaffold:
         """float32 [B, N, N], the future left out."""
         attention, (hidden, (cos, sin)) = self._attention[layer], self._inputs[layer]
         size, group = attention.head_dim, attention.num_key_value_groups
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             queries, keys = (
                 _turned(functional.linear(hidden, part.weight[which * size : (which + 1) * size]), cos, sin)
                 for part, which in ((attention.q_proj, head), (attention.k_proj, head // group))

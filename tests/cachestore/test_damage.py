@@ -58,6 +58,8 @@ async def test_a_damaged_answer_is_reported_skipped_and_deleted(
     await put(store, document("next"))
     assert await store.check() == []
     assert store.stats().entries == 20
+    store._drop_damaged(3, "entry 3: by who read it at the same time, and is late")
+    assert store.stats().damaged == 1
     await store.close()
     assert verify(tmp_path) == []
 
