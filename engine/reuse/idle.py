@@ -174,9 +174,9 @@ class IdleJobs:
                 before.insert(0, job.head)
             case _ as never:
                 assert_never(never)
+        trial = Trial(self._checkpoint, max(map(len, before)) + len(job.tokens), self._backend)
         for after in before:
             whole = [*after, *job.tokens]
-            trial = Trial(self._checkpoint, len(whole), self._backend)
             for _ in trial.pieces(whole, PIECE):
                 yield
             versions.append(trial.taken(whole, len(after), len(whole)))

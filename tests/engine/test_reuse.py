@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention.sdpa import SdpaBackend
 from engine.checkpoint import Checkpoint, load_checkpoint
 from engine.reuse.blending import Blend, Look, Selector, best, share
 from engine.reuse.cachecraft import CacheCraft, Observer, familiar, in_order, overhead, overlap, unfit
 from engine.reuse.chunks import BlendPrompt, ChunkKv, ContextIndex, Placed, names_before
-from engine.reuse.known import name_of
+from engine.reuse.idle import ELSEWHERE, PIECE, IdleJobs, Refinement
+from engine.reuse.known import name_of, text_of
 from engine.reuse.placing import moved, turn
 from engine.reuse.selectors import CacheBlend, Epic, Full, KvShare, Nothing, Random
 from engine.reuse.sensitivity import Early, Sensitive, averaged, deviation_of, measured
@@ -383,3 +385,34 @@ def test_the_mean_of_a_chunk_is_nearer_to_what_comes_next(plain: Checkpoint) -> 
         averaged(versions[:1])
     with pytest.raises(ValueError, match="same tokens"):
         averaged([versions[0], store.chunk(some(20, 6), after=[1])])
+
+
+def test_what_is_computed_when_there_is_time_is_the_mean_behind_other_texts(plain: Checkpoint) -> None:
+    tokens, head = tuple(some(50, 21)), tuple(some(5, 22))
+    others = [tuple(some(length, seed)) for length, seed in ((90, 23), (2 * PIECE + 40, 24))]
+    assert len(others) == ELSEWHERE
+    found: list[ChunkKv] = []
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    jobs = IdleJobs(
+        plain,
+        SdpaBackend(),
+        "mean",
+        seen=lambda _: None,
+        others=lambda text, most: others,
+        refined=lambda job, chunk: found.append(chunk),
+        indexed=never,
+        compared=never,
+    )
+    jobs.refine(Refinement(text_of("a", tokens), tokens, "t", head))
+    while jobs.step():
+        pass
+    behind = [(*head, *other[: 2 * PIECE]) for other in others]
+    wanted = averaged([Trial(plain, 700).chunk(tokens, after=after) for after in behind])
+    for seen, expected in zip(found[0].layers, wanted.layers, strict=True):
+        torch.testing.assert_close(seen, expected, atol=1e-4, rtol=0)
+    assert found[0].sensitivity is not None
+    assert wanted.sensitivity is not None
+    torch.testing.assert_close(found[0].sensitivity, wanted.sensitivity, atol=1e-3, rtol=1e-3)
