@@ -586,12 +586,11 @@ class Store:
             after = max([row.id for row in rows] + damaged)
 
     def _drop_damaged(self, id: int, problem: str) -> None:
-        gone = self.loaded.is_set() and self._view.table.slot_of(id) is None
-        if gone or id in self._deleting or id in self._gone:  # whoever read it at the same time may be late
-            return
+        slot = self._view.table.slot_of(id)
+        if id in self._gone or (slot is None and self.loaded.is_set()):
+            return  # it is dropped already: whoever read it at the same time may be late
         self._damaged += 1
         logger.error("%s: %s; it is deleted", self._log.path, problem)
-        slot = self._view.table.slot_of(id)
         if slot is not None:
             self._view.forget(slot)
         self._doom([id])

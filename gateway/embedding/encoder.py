@@ -34,7 +34,7 @@ class Unfit(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What the first rows are made of."""
+    """What the first rows are made of. Raises ValueError where shapes or types do not fit."""
 
     words: NDArray[Any]
     """A row for each word, [vocabulary, DIM]: float32, or int8 with `scales`."""
