@@ -2,7 +2,7 @@
 
 glibc gives threads arenas of their own, up to eight a core, and none of what is freed in one serves another. Chunks are
 read, decoded and let go of on a dozen threads: while tiers failed under load, 280 MB lay in sixteen arenas, of which 60
-to 140 were in use. In two there were 40 fewer.
+to 140 were in use. In two there were 30 to 40 fewer.
 """
 
 from __future__ import annotations
