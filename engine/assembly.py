@@ -91,6 +91,29 @@ def assemble(settings: Settings) -> Assembled:
     blocks = _blocks(checkpoint, settings.kv_memory)
     context = _context(checkpoint, blocks * BLOCK_SIZE, settings.context)
     point = operating_point(settings, checkpoint, directory)
+    parts = _parts(settings, checkpoint, blocks, context, repairs=0 if point is None else point.repair)
+    library, tiers = (None, ()) if point is None else _library(settings, parts, point)
+    application = _application(parts, library, context, settings.reuse)
+    if parts.publisher is not None:
+        parts.publisher.start()
+    return Assembled(
+        application, checkpoint, context, blocks, parts.backend.name, settings.threads, parts.publisher, library, tiers
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    checkpoint: Checkpoint
+    blocks: int
+    backend: AttentionBackend
+    executor: Executor
+    books: BlockManager
+    scheduler: Scheduler
+    publisher: Publisher | None
+
+
+def _parts(settings: Settings, checkpoint: Checkpoint, blocks: int, context: int, *, repairs: int) -> _Parts:
+    """All but chunk reuse. Raises SettingsError."""
     try:
         backend = choose(
             checkpoint.config,
@@ -114,33 +137,13 @@ def assemble(settings: Settings) -> Assembled:
         max_waiting=settings.max_waiting,
         token_budget=settings.token_budget or max(_TOKEN_BUDGET[checkpoint.device.type], settings.max_running),
         patience=settings.patience,
-        repairs=0 if point is None else point.repair,
+        repairs=repairs,
     )
-    hot = hot_bytes(blocks * block_bytes(checkpoint))
-    opened = None if point is None else _library(settings, checkpoint, backend, point, books, publisher, hot)
-    library, tiers = (None, ()) if opened is None else opened
-    parts = _Parts(checkpoint, books, scheduler, executor, publisher, library)
-    application = _application(parts, context, settings.reuse)
-    if publisher is not None:
-        publisher.start()
-    return Assembled(
-        application, checkpoint, context, blocks, backend.name, settings.threads, publisher, library, tiers
-    )
+    return _Parts(checkpoint, blocks, backend, executor, books, scheduler, publisher)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    checkpoint: Checkpoint
-    books: BlockManager
-    scheduler: Scheduler
-    executor: Executor
-    publisher: Publisher | None
-    library: Library | None
-
-
-def _application(parts: _Parts, context: int, reuse: ReuseSettings) -> Starlette:
-    checkpoint, books, publisher, library = parts.checkpoint, parts.books, parts.publisher, parts.library
-    scheduler = parts.scheduler
+def _application(parts: _Parts, library: Library | None, context: int, reuse: ReuseSettings) -> Starlette:
+    checkpoint, books, publisher, scheduler = parts.checkpoint, parts.books, parts.publisher, parts.scheduler
 
     def state() -> EngineState:
         running, waiting = runner.depth()
@@ -200,16 +203,9 @@ def operating_point(settings: Settings, checkpoint: Checkpoint, directory: Path)
     return point
 
 
-def _library(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    backend: AttentionBackend,
-    point: OperatingPoint,
-    books: BlockManager,
-    publisher: Publisher | None,
-    hot: int,
-) -> tuple[Library, tuple[str, ...]]:
+def _library(settings: Settings, parts: _Parts, point: OperatingPoint) -> tuple[Library, tuple[str, ...]]:
     """The library and its tiers. Raises SettingsError where a tier cannot be had."""
+    checkpoint, books, publisher = parts.checkpoint, parts.books, parts.publisher
     config, reuse = checkpoint.config, settings.reuse
     geometry = Geometry(checkpoint.fingerprint, config.layers, config.kv_heads, config.head_dim, checkpoint.dtype)
     # What bounds the slower tiers bounds the books; memory gives up copies of what lies there by itself.
@@ -231,10 +227,10 @@ def _library(
 
     library = Library(
         checkpoint,
-        backend,
+        parts.backend,
         point,
         open_store=opened,
-        hot=hot,
+        hot=hot_bytes(parts.blocks * block_bytes(checkpoint)),
         known=books.lookup,
         tell=None if publisher is None else publisher.put,
         patience=options.patience,

@@ -26,12 +26,12 @@ class Chosen:
         return ()
 
     def narrow(self, layer: int, look: Look) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError
+        """Drops none."""
+        return torch.ones(len(look.positions), dtype=torch.bool, device=look.positions.device)
 
     def missed(self, look: Look) -> Tensor | None:
-        """Nor is this."""
-        raise NotImplementedError
+        """Not known."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
