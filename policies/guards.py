@@ -1,81 +1,33 @@
 """Guards: what two questions must not differ in, if one answer is to serve both. A guard can only refuse.
 
 A guard speaks where *each* question has something that the other lacks: two order numbers, two months, a word and its
-opposite. Where only one says more, as people do when they rephrase, it is silent, and the pair model decides.
+opposite. Where only one says more, as people do when they rephrase, it is silent, and the pair model decides. Sums are
+another matter, since each of their numbers counts: guards speak where one is left out, or changed by what is added.
 Guards are for what a small model cannot see because it has never seen it: this very number, name or identifier.
 
-A text is looked at once (`facts`, tens of microseconds); comparing two costs a few set operations. Nothing here raises,
-whatever the text, and nothing looks further than `MAX_CHARS`: a longer text is refused by the judge before.
+Comparing two texts costs a few set operations, and never raises.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from policies.wordlists import (
-    ASPECT,
-    FLIPS,
-    LOWER_NAMES,
-    NUMBER_WORDS,
-    PART_WORDS,
-    SMALL_WORDS,
-    TIMES,
-    TURNING_WORDS,
-    UNITS,
-)
+from policies.facts import Facts
+from policies.wordlists import CHANGES, DENIALS, FLIPS, SAYS, SMALL_WORDS, TURNING_WORDS
 
-MAX_CHARS = 8192
-
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-_NUMBER = re.compile(r"(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!/))?)(k\b)?")
-_PART = re.compile(r"\b([a-z]+)[ -](" + "|".join(PART_WORDS) + r")s?\b")
-_PERCENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?(?:%|percent\b)")
-_AMOUNT = re.compile(r"([$€£¥₹₣₩₺₽₿])?\s?(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)[\s-]?(%|°[CF]?|[^\W\d_]+)?")
-_IDENTIFIER = re.compile(
-    r"[\w.+-]+@[\w-]+\.[\w.-]+|https?://\S+|(?=[\w./#-]*\d)(?=[\w./#-]*[A-Za-z_])[\w#][\w./#-]*\w|\b\w+_\w+\b"
-)
-_MARK = re.compile(r"[\d@_]|://")
-_NAME = re.compile(r"[A-Z][\w’'-]*")
-_SENTENCE = re.compile(r"(?:^|(?<!mr)(?<!mrs)(?<!ms)(?<!dr)(?<!st)(?<![ .]\w)[.?!:\"“(]\s*|\n\s*)$", re.I)
-_QUOTED = re.compile(r"\"([^\"\n]{1,200})\"|“([^”\n]{1,200})”|`([^`\n]{1,200})`|(?<!\w)'([^'\n]{2,200})'(?!\w)")
-_FENCED = re.compile(r"```(.*?)```", re.S)
-_NEGATION = re.compile(
-    r"\b(?:not|never|cannot|without|no longer|neither|nor|nobody|nothing|none|unable|except)\b|n['’]t\b", re.I
-)
-_NO_NEGATION = re.compile(r"\b(?:or (?:why )?not\b|why not\b|not only\b|not just\b)|whether (?:or not\b)?", re.I)
-"""Turns of speech that say not and mean nothing by it."""
-_OPERATORS = re.compile(r"(?<=[\w)\s])\s*(<=|>=|==|!=|<|>|\+|\*|\^|(?<=\s)-(?=\s)|÷|×)\s*(?=[\w(\s])")
 _NEAR = 8
 """Words that only one of two questions has, up to which they count as the same sentence with something changed."""
+_GONE = 2
+"""Words of a sum that may be missing where it counts as the same one with something added."""
 
+
+_UNSAID = frozenset((1.0, 2.0))
+"""Numbers that sentences imply: one ticket, both houses."""
 
 Found = tuple[Iterable[object], Iterable[object]] | None
 """What each of the two has that the other should have and has not; None when the guard is silent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the guards look at in one text."""
-
-    low: str
-    """The text in small letters."""
-    words: frozenset[str]
-    numbers: frozenset[float]
-    amounts: frozenset[tuple[float, str]]
-    """Numbers with the unit that stands behind or before them."""
-    times: frozenset[str]
-    """Months, weekdays, years, words like `yesterday`."""
-    identifiers: frozenset[str]
-    names: frozenset[str]
-    quoted: frozenset[str]
-    operators: tuple[str, ...]
-    negated: bool
-    aspects: frozenset[str]
-    """What is asked about the subject: cause, cost, symptom..."""
-    sequence: tuple[str, ...]
-    """All words in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,94 +43,49 @@ class Conflict:
         return f"{self.guard}: {self.first} / {self.second}"
 
 
-def facts(text: str) -> Facts:
-    """Look at a text once; never raises."""
-    text = text[:MAX_CHARS]
-    low = text.lower().replace("’", "'")
-    words = _WORD.findall(low)
-    known = frozenset(words)
-    marked = _IDENTIFIER.findall(text) if _MARK.search(text) else ()
-    return Facts(
-        low=low,
-        words=known,
-        numbers=frozenset(_numbers(low)),
-        amounts=frozenset(_amounts(low)),
-        times=frozenset(_times(low, known)),
-        identifiers=frozenset(found.lower().rstrip(".") for found in marked),
-        names=frozenset(_names(text)),
-        quoted=frozenset(_quoted(text)),
-        operators=tuple(_OPERATORS.findall(low)),
-        negated=_NEGATION.search(_NO_NEGATION.sub(" ", low)) is not None,
-        aspects=frozenset(found.lastgroup for found in ASPECT.finditer(low) if found.lastgroup),
-        sequence=tuple(words),
-    )
-
-
-def _numbers(low: str) -> Iterable[float]:
-    """Numbers in digits and words; `three quarters`, `3/4` and `75 %` are one."""
-    for count, part in _PART.findall(low):
-        if count in NUMBER_WORDS or count in {"a", "one"}:
-            yield round(NUMBER_WORDS.get(count, 1) * PART_WORDS[part], 9)
-    plain = _PART.sub(_without_part, low)
-    for percent in _PERCENT.findall(plain):
-        yield round(_value(percent) / 100, 9)
-    plain = _PERCENT.sub(" ", plain)
-    for found, thousands in _NUMBER.findall(plain):
-        yield _value(found) * (1000 if thousands else 1)
-    for word in _WORD.findall(plain):
-        if word in NUMBER_WORDS:
-            yield NUMBER_WORDS[word]
-
-
-def _without_part(found: re.Match[str]) -> str:
-    known = found[1] in NUMBER_WORDS or found[1] in {"a", "one"}
-    return " " if known else found[0]
-
-
-def _value(digits: str) -> float:
-    """A number as written; a fraction is divided. Beyond what a float can hold all are the same."""
-    above, _, below = digits.replace(",", "").replace(" ", "").partition("/")
-    divisor = float(below[:300]) if below else 1.0
-    return round(float(above[:300]) / (divisor or 1.0), 9)
-
-
-def _amounts(low: str) -> Iterable[tuple[float, str]]:
-    for sign, digits, word in _AMOUNT.findall(low):
-        unit = UNITS.get(sign or word)
-        if unit is not None:
-            yield _value(digits), unit
-
-
-def _times(low: str, words: frozenset[str]) -> Iterable[str]:
-    yield from words & TIMES
-    yield from re.findall(r"\b(?:1[5-9]|20)\d\d\b", low)
-
-
-def _names(text: str) -> Iterable[str]:
-    """Capitalised words that do not begin a sentence. A text all in capitals, or in title case, tells nothing."""
-    found = list(_NAME.finditer(text))
-    if len(found) > 0.5 * text.count(" ") + 1:
-        return
-    for name in found:
-        word = name.group().lower().replace("’", "'").removesuffix("'s").rstrip("'-")
-        if (
-            len(word) > 1
-            and word not in LOWER_NAMES
-            and not _SENTENCE.search(text[max(0, name.start() - 5) : name.start()])
-        ):
-            yield word
-
-
-def _quoted(text: str) -> Iterable[str]:
-    for parts in _QUOTED.findall(text):
-        yield " ".join("".join(parts).lower().split()).strip(" .,?!")
-    for code in _FENCED.findall(text):
-        yield " ".join(code.split())
-
-
 def numbers(a: Facts, b: Facts) -> Found:
     """Each has a number that the other lacks."""
     return _each(a.numbers, b.numbers)
+
+
+def repeats(a: Facts, b: Facts) -> Found:
+    """A sum has a number more often, and the other one that it lacks: $2 for one thing of two has become $3."""
+    if not (a.reckons and b.reckons):
+        return None
+    more, others = Counter(a.numbers) - Counter(b.numbers), Counter(b.numbers) - Counter(a.numbers)
+    if more and others and (more.keys() - b.numbers.keys() or others.keys() - a.numbers.keys()):
+        return tuple(more), tuple(others)
+    return None
+
+
+def givens(a: Facts, b: Facts) -> Found:
+    """A sum that leaves out a number which the stored one gives, and does not say it in words."""
+    if not (a.reckons and b.reckons):
+        return None
+    # In a text that is nearly the same, a word that both have says nothing new.
+    near = _near(a, b)
+    words = a.words - b.words if near else a.words
+    left_out = [
+        number
+        for number in b.numbers.keys() - a.numbers.keys()
+        if not (SAYS.get(number, frozenset()) & words or (not near and number in _UNSAID))
+    ]
+    return ((), left_out) if left_out else None
+
+
+def changes(a: Facts, b: Facts) -> Found:
+    """A sum to which something is added that changes an amount: more of it, an extra one, a decrease."""
+    if not (a.reckons and b.reckons):
+        return None
+    for longer, other in ((a, b), (b, a)):
+        denied = (longer.negated and not other.negated) or longer.words & DENIALS - other.words
+        if not denied and len(other.words - longer.words) <= _GONE and (added := _changing(longer) - _changing(other)):
+            return (tuple(added), ()) if longer is a else ((), tuple(added))
+    return None
+
+
+def _changing(found: Facts) -> Counter[str]:
+    return Counter(word for word in found.sequence if word in CHANGES)
 
 
 def units(a: Facts, b: Facts) -> Found:
@@ -266,6 +173,9 @@ def operators(a: Facts, b: Facts) -> Found:
 Guard = Callable[[Facts, Facts], Found]
 GUARDS: Mapping[str, Guard] = {
     "numbers": numbers,
+    "repeats": repeats,
+    "givens": givens,
+    "changes": changes,
     "units": units,
     "dates": dates,
     "identifiers": identifiers,
@@ -280,7 +190,7 @@ GUARDS: Mapping[str, Guard] = {
 
 
 def conflict(a: Facts, b: Facts) -> Conflict | None:
-    """The first guard's refusal, None when all are silent."""
+    """The first guard's refusal of answering `a` with what answered `b`; None when all are silent."""
     for name, guard in GUARDS.items():
         if (found := guard(a, b)) is not None:
             first, second = (" ".join(str(item) for item in side) or "-" for side in found)

@@ -93,6 +93,44 @@ PART_WORDS: Mapping[str, float] = {
 }  # fmt: skip
 """What follows a number word in `two thirds`."""
 
+_SAYS = """
+0 no none nothing zero | 0.01 cent cents | 0.1 tenth | 0.2 fifth | 0.25 quarter quarters fourth quarterly
+0.333333333 third thirds | 0.5 half halves halve halved equally | 0.666666667 thirds | 0.75 quarters | 0.125 eighth
+1 a an one single once each every per full first | 2 two second twice double doubled doubles doubling pair pairs both
+couple couples twin twins twofold | 3 third triple tripled triples tripling thrice threefold trio quarter quarterly
+equally | 4 fourth quadruple quadrupled quadruples fourfold quarter quarterly | 5 fifth fivefold | 6 sixth sixfold half
+7 seventh sevenfold week weekly | 8 eighth eightfold | 9 ninth | 10 tenth tenfold decade decades
+12 dozen dozens twelfth year yearly annual annually | 14 fortnight | 15 quarter quarters | 20 twentieth twentyfold score
+24 day days daily dozen hours | 30 half thirtieth month | 36 dozen dozens | 48 dozen dozens | 50 half fiftieth
+52 year yearly annually | 60 hour hours hourly minute minutes | 100 hundred hundredfold percent century all full
+365 year yearly annually | 1000 thousand
+""".replace("\n", " | ")
+
+
+def _says() -> dict[float, frozenset[str]]:
+    found: dict[float, set[str]] = {}
+    number = 0.0
+    for word in _SAYS.replace("|", " ").split():
+        if word[0].isdigit():
+            number = float(word)
+        else:
+            found.setdefault(number, set()).add(word)
+    return {number: frozenset(words) for number, words in found.items()}
+
+
+SAYS: Mapping[float, frozenset[str]] = _says()
+"""A number -> words that may stand for it in another wording."""
+
+CHANGES = frozenset(
+    _words("""
+additional extra more another increase increases increased decrease decreases decreased lost fewer less
+""")
+)
+"""Words by which a sentence changes an amount that another one gave."""
+
+DENIALS = frozenset(_words("despite regardless irrespective ignore ignoring"))
+"""Words that say of what stands beside them that it changes nothing."""
+
 TIMES = frozenset(
     _words("""
 january february april june july august september october november december monday tuesday wednesday thursday

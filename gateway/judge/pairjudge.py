@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from gateway.judge.model import PairModel
 from policies import guards
 from policies.category import CategoryPolicy
+from policies.facts import Facts, facts
 from policies.judge import Accepted, Candidate, Judgement, Refused, Stage, Verdict
 from policies.normalise import normal
 from policies.pairhead import PairHead
@@ -65,7 +66,7 @@ class PairJudge:
         for candidate in candidates:
             if form and normal(candidate.text) == form:
                 return Accepted(candidate, 1.0, (Verdict(candidate, Stage.SAME, True, 1.0),))
-        asked, point = guards.facts(text), self.point(policy)
+        asked, point = facts(text), self.point(policy)
         verdicts: list[Verdict] = []
         for group in (candidates[:1], candidates[1:]):
             verdicts += self._verdicts(text, asked, group, policy.name, point)
@@ -75,10 +76,10 @@ class PairJudge:
         return Refused(Miss.JUDGE_REFUSED, best.probability or _REFUSED, tuple(verdicts))
 
     def _verdicts(
-        self, text: str, asked: guards.Facts, candidates: Sequence[Candidate], category: str, point: float
+        self, text: str, asked: Facts, candidates: Sequence[Candidate], category: str, point: float
     ) -> list[Verdict]:
-        known = [guards.facts(candidate.text) for candidate in candidates]
-        conflicts = [guards.conflict(asked, facts) for facts in known]
+        known = [facts(candidate.text) for candidate in candidates]
+        conflicts = [guards.conflict(asked, stored) for stored in known]
         left = [place for place, found in enumerate(conflicts) if found is None]
         logits = dict(zip(left, self._model.logits(text, [candidates[place].text for place in left]), strict=True))
         verdicts = []

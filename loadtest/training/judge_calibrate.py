@@ -21,6 +21,7 @@ from loadtest.metrics import auc, recall_at, reliability, share
 from loadtest.training.judge_data import HELD_OUT, Sample
 from policies import guards
 from policies.classifier import CategoryHead
+from policies.facts import facts
 from policies.pairhead import PairHead, Points, Weights
 
 Figures = NDArray[np.float64]
@@ -60,7 +61,7 @@ def judged(samples: Sequence[Sample], model: PairModel, embedder: MiniLM) -> lis
         second = embedder.encode([sample.b for sample in part])
         for sample, one, other in zip(part, first, second, strict=True):
             (logit,) = model.logits(sample.b, [sample.a])
-            refused = logit is None or guards.conflict(guards.facts(sample.b), guards.facts(sample.a)) is not None
+            refused = logit is None or guards.conflict(facts(sample.b), facts(sample.a)) is not None
             cosine = float(one.vector @ other.vector)
             category, _ = head.classify(other.vector)
             found.append(Judged(sample, -20.0 if logit is None else logit, cosine, category, refused))
@@ -73,6 +74,7 @@ def report(found: Sequence[Judged], learnt: Sequence[Sample], minutes: float) ->
     head = fitted(found)
     head = replace(head, **points_of(found, unseen))
     document = {
+        "minutes": round(minutes),
         "with_cosine": asdict(head.with_cosine),
         "without_cosine": asdict(head.without_cosine),
         "categories": dict(head.categories),

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.guards import GUARDS, MAX_CHARS, conflict, facts
+from policies.facts import MAX_CHARS, facts
+from policies.guards import GUARDS, conflict
 
 ANY_TEXT = st.text(st.characters(), max_size=200)  # lone surrogates are among them
 
@@ -36,7 +37,19 @@ REFUSED = [
     ("quotes", 'Translate "good night"', 'Translate "good morning"'),
     ("quotes", "What does `git reset` do?", "What does `git revert` do?"),
     ("operators", "what is a + b", "what is a * b"),
+    ("repeats", "Pens cost $2, 2 pads cost $5. What is the total?", "Pens cost $3, 2 pads cost $5. What is the total?"),
+    (
+        "changes",
+        "Ann has 5 cats and eats 2 eggs. How many eggs in a week?",
+        "Ann has 5 cats and eats 2 eggs. On Sunday she eats another one. How many eggs in a week?",
+    ),
 ]
+LEFT_OUT = [
+    ("Mark was ill for 3 months and lost 10 pounds a month. He weighs 70 now. What was his weight?", "3.0"),
+    ("A team has 105 players, of which 30 defend and 20 do not play. How many attack?", "105.0"),
+    ("He paid 2 dollars for 4 pens and 8 dollars for 9 pads. How much was it?", "2.0"),
+]
+"""A stored sum, and the number that the question leaves out."""
 SERVED = [
     ("How do I reset my password?", "How can I change my password?"),
     ("What is the capital of France?", "what's France's capital city?"),
@@ -53,6 +66,17 @@ SERVED = [
     ("Does Ann like Bob and Carl?", "Does Ann like Carl and Bob?"),
     ("HOW DO I RESET MY PASSWORD", "how do i reset my password"),
     ("Should I see a doctor?", "Should I see Dr. Smith's doctor?"),
+    ("She bakes 12 rolls and eats 5. How many are left?", "She bakes a dozen rolls and eats 5. How many are left?"),
+    ("He ran 2 times and swam 6 km. How far is that?", "He ran twice and swam 6 km. How far is that?"),
+    ("She ate ⅔ of 30 grapes. How many are left?", "She ate 2/3 of 30 grapes. How many are left?"),
+    (
+        "If 2 houses cost $76,000 in all, and one costs 30% less, how much is each of the two?",
+        "Both houses together are $76,000, and one is 30% less expensive. How much does either of them cost?",
+    ),
+    (
+        "Ann has 5 cats and eats 2 eggs a day. How many eggs in a week?",
+        "Ann has 5 cats and eats 2 eggs a day. Her sister buys another dog, which does not change anything about it. How many eggs in a week?",
+    ),
 ]
 
 
@@ -62,6 +86,16 @@ def test_a_guard_refuses_both_ways_round(guard: str, one: str, other: str) -> No
         found = conflict(facts(first), facts(second))
         assert found is not None
         assert found.guard == guard
+
+
+@pytest.mark.parametrize(("stored", "number"), LEFT_OUT)
+def test_a_sum_must_give_what_the_stored_answer_rests_on(stored: str, number: str) -> None:
+    asked = stored.replace(number.removesuffix(".0"), "some")
+    found = conflict(facts(asked), facts(stored))
+    assert found is not None
+    assert (found.guard, found.first, found.second) == ("givens", "-", number)
+    # The other way round it may be something beside the point.
+    assert conflict(facts(stored), facts(asked)) is None
 
 
 @pytest.mark.parametrize(("one", "other"), SERVED)
@@ -108,5 +142,5 @@ def test_no_text_conflicts_with_itself(text: str) -> None:
 @given(ANY_TEXT, ANY_TEXT)
 def test_a_guard_finds_the_same_from_either_side(one: str, other: str) -> None:
     a, b = facts(one), facts(other)
-    for guard in GUARDS.values():
-        assert (guard(a, b) is None) == (guard(b, a) is None)
+    for name, guard in GUARDS.items():
+        assert name == "givens" or (guard(a, b) is None) == (guard(b, a) is None)
