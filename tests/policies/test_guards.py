@@ -75,7 +75,8 @@ SERVED = [
     ),
     (
         "Ann has 5 cats and eats 2 eggs a day. How many eggs in a week?",
-        "Ann has 5 cats and eats 2 eggs a day. Her sister buys another dog, which does not change anything about it. How many eggs in a week?",
+        "Ann has 5 cats and eats 2 eggs a day. Her sister buys another dog, which does not change a thing here. "
+        "How many eggs in a week?",
     ),
 ]
 
