@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from policies.facts import Facts
-from policies.wordlists import CHANGES, DENIALS, FLIPS, SAYS, SMALL_WORDS, TURNING_WORDS
+from policies.wordlists import CHANGES, DENIALS, FLIPS, NUMBER_WORDS, SAYS, SMALL_WORDS, TURNING_WORDS, VAGUE
 
 _NEAR = 8
 """Words that only one of two questions has, up to which they count as the same sentence with something changed."""
@@ -59,18 +59,32 @@ def repeats(a: Facts, b: Facts) -> Found:
 
 
 def givens(a: Facts, b: Facts) -> Found:
-    """A sum that leaves out a number which the stored one gives, and does not say it in words."""
+    """A sum that leaves out a number which the stored one gives, and does not say it in words.
+
+    The other way round it may be something beside the point, unless nothing but the number was filled in.
+    """
     if not (a.reckons and b.reckons):
         return None
+    if left_out := _left_out(a, b):
+        return (), left_out
+    filled_in = _left_out(b, a)
+    return (filled_in, ()) if filled_in and _bare(a) == _bare(b) else None
+
+
+def _left_out(a: Facts, b: Facts) -> tuple[float, ...]:
+    """Numbers of `b` that `a` does not say."""
     # In a text that is nearly the same, a word that both have says nothing new.
     near = _near(a, b)
     words = a.words - b.words if near else a.words
-    left_out = [
+    return tuple(
         number
         for number in b.numbers.keys() - a.numbers.keys()
         if not (SAYS.get(number, frozenset()) & words or (not near and number in _UNSAID))
-    ]
-    return ((), left_out) if left_out else None
+    )
+
+
+def _bare(found: Facts) -> list[str]:
+    return [word for word in found.sequence if word not in VAGUE and word not in NUMBER_WORDS]
 
 
 def changes(a: Facts, b: Facts) -> Found:

@@ -128,6 +128,9 @@ additional extra more another increase increases increased decrease decreases de
 )
 """Words by which a sentence changes an amount that another one gave."""
 
+VAGUE = frozenset(_words("some several many certain few a an the"))
+"""Words that stand where a number could."""
+
 DENIALS = frozenset(_words("despite regardless irrespective ignore ignoring"))
 """Words that say of what stands beside them that it changes nothing."""
 

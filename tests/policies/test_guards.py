@@ -68,6 +68,7 @@ SERVED = [
     ("Should I see a doctor?", "Should I see Dr. Smith's doctor?"),
     ("She bakes 12 rolls and eats 5. How many are left?", "She bakes a dozen rolls and eats 5. How many are left?"),
     ("He ran 2 times and swam 6 km. How far is that?", "He ran twice and swam 6 km. How far is that?"),
+    ("He ate 1 roll and 3 eggs. How many is that in all?", "He ate a roll and 3 eggs. How many is that in all?"),
     ("She ate ⅔ of 30 grapes. How many are left?", "She ate 2/3 of 30 grapes. How many are left?"),
     (
         "If 2 houses cost $76,000 in all, and one costs 30% less, how much is each of the two?",
@@ -95,8 +96,15 @@ def test_a_sum_must_give_what_the_stored_answer_rests_on(stored: str, number: st
     found = conflict(facts(asked), facts(stored))
     assert found is not None
     assert (found.guard, found.first, found.second) == ("givens", "-", number)
-    # The other way round it may be something beside the point.
-    assert conflict(facts(stored), facts(asked)) is None
+    found = conflict(facts(stored), facts(asked))
+    assert found is not None
+    assert (found.guard, found.first) == ("givens", number)
+
+
+def test_what_a_sum_adds_may_be_beside_the_point() -> None:
+    stored, asked = "Ann has 5 cats and 2 dogs. How many pets?", "Ann has 5 cats and 2 dogs and $9. How many pets?"
+    assert conflict(facts(asked), facts(stored)) is None
+    assert conflict(facts(stored), facts(asked)) is not None
 
 
 @pytest.mark.parametrize(("one", "other"), SERVED)
