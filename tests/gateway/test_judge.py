@@ -108,6 +108,14 @@ def test_a_guard_refuses_whatever_the_model_says(judge: PairJudge) -> None:
     assert verdict.guard.startswith("numbers: ")
 
 
+def test_guards_know_which_of_the_two_is_asked(judge: PairJudge) -> None:
+    short, long = "Ann has 5 cats and 2 dogs. How many pets?", "Ann has 5 cats and 2 dogs and $9. How many pets?"
+    (verdict,) = judge.decide(short, candidates(long, similarity=0.99), POLICY).verdicts
+    assert (verdict.stage, verdict.guard) == (Stage.GUARD, "givens: - / 9.0")
+    (verdict,) = judge.decide(long, candidates(short, similarity=0.99), POLICY).verdicts
+    assert verdict.stage is Stage.PAIR
+
+
 def test_a_later_candidate_may_serve(judge: PairJudge) -> None:
     found = judge.decide(ASKED, candidates("How do I reset 3 passwords?", OTHER, PARAPHRASE), POLICY)
     assert isinstance(found, Accepted)
