@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.wordlists import ASPECT, LOWER_NAMES, NUMBER_WORDS, PART_WORDS, TIMES, UNITS
@@ -51,7 +51,7 @@ class Facts:
     low: str
     """The text in small letters."""
     words: frozenset[str]
-    numbers: Mapping[float, int]
+    numbers: Counter[float]
     """How often each stands there, in digits or words."""
     amounts: frozenset[tuple[float, str]]
     """Numbers with the unit that stands behind or before them."""

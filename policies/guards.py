@@ -21,8 +21,6 @@ _NEAR = 8
 """Words that only one of two questions has, up to which they count as the same sentence with something changed."""
 _GONE = 2
 """Words of a sum that may be missing where it counts as the same one with something added."""
-
-
 _UNSAID = frozenset((1.0, 2.0))
 """Numbers that sentences imply: one ticket, both houses."""
 
@@ -52,7 +50,7 @@ def repeats(a: Facts, b: Facts) -> Found:
     """A sum has a number more often, and the other one that it lacks: $2 for one thing of two has become $3."""
     if not (a.reckons and b.reckons):
         return None
-    more, others = Counter(a.numbers) - Counter(b.numbers), Counter(b.numbers) - Counter(a.numbers)
+    more, others = a.numbers - b.numbers, b.numbers - a.numbers
     if more and others and (more.keys() - b.numbers.keys() or others.keys() - a.numbers.keys()):
         return tuple(more), tuple(others)
     return None
@@ -76,10 +74,9 @@ def _left_out(a: Facts, b: Facts) -> tuple[float, ...]:
     # In a text that is nearly the same, a word that both have says nothing new.
     near = _near(a, b)
     words = a.words - b.words if near else a.words
+    missing = sorted(b.numbers.keys() - a.numbers.keys())
     return tuple(
-        number
-        for number in b.numbers.keys() - a.numbers.keys()
-        if not (SAYS.get(number, frozenset()) & words or (not near and number in _UNSAID))
+        number for number in missing if not (SAYS.get(number, frozenset()) & words or (not near and number in _UNSAID))
     )
 
 
