@@ -47,9 +47,7 @@ def numbers(a: Facts, b: Facts) -> Found:
 
 
 def repeats(a: Facts, b: Facts) -> Found:
-    """A sum has a number more often, and the other one that it lacks: $2 for one thing of two has become $3."""
-    if not (a.reckons and b.reckons):
-        return None
+    """One of two equal numbers of a sum is another one: $2 for one thing of two has become $3."""
     more, others = a.numbers - b.numbers, b.numbers - a.numbers
     if more and others and (more.keys() - b.numbers.keys() or others.keys() - a.numbers.keys()):
         return tuple(more), tuple(others)
@@ -61,8 +59,6 @@ def givens(a: Facts, b: Facts) -> Found:
 
     The other way round it may be something beside the point, unless nothing but the number was filled in.
     """
-    if not (a.reckons and b.reckons):
-        return None
     if left_out := _left_out(a, b):
         return (), left_out
     filled_in = _left_out(b, a)
@@ -86,8 +82,6 @@ def _bare(found: Facts) -> list[str]:
 
 def changes(a: Facts, b: Facts) -> Found:
     """A sum to which something is added that changes an amount: more of it, an extra one, a decrease."""
-    if not (a.reckons and b.reckons):
-        return None
     for longer, other in ((a, b), (b, a)):
         denied = (longer.negated and not other.negated) or longer.words & DENIALS - other.words
         if not denied and len(other.words - longer.words) <= _GONE and (added := _changing(longer) - _changing(other)):
@@ -182,11 +176,18 @@ def operators(a: Facts, b: Facts) -> Found:
 
 
 Guard = Callable[[Facts, Facts], Found]
+
+
+def _of_sums(guard: Guard) -> Guard:
+    """The same, silent unless both texts are sums."""
+    return lambda a, b: guard(a, b) if a.reckons and b.reckons else None
+
+
 GUARDS: Mapping[str, Guard] = {
     "numbers": numbers,
-    "repeats": repeats,
-    "givens": givens,
-    "changes": changes,
+    "repeats": _of_sums(repeats),
+    "givens": _of_sums(givens),
+    "changes": _of_sums(changes),
     "units": units,
     "dates": dates,
     "identifiers": identifiers,

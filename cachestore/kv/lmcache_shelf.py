@@ -499,20 +499,12 @@ class _Slower(L2AdapterInterface):  # type: ignore[misc]
             self._outcome(key, lacking)
         return {task: L2StoreResult(not any(lacking for _, lacking in ends), 0) for task, ends in completed.items()}
 
-    def submit_lookup_and_lock_task(self, keys: list[Any], group_layout_descs: dict[int, Any]) -> int:
-        raise NotImplementedError
+    def _read(self, *asked: Any) -> Any:
+        """What LMCache would call to read; nobody asks it to, since reading is ours."""
+        raise NotImplementedError("this tier is only written to")
 
-    def query_lookup_and_lock_result(self, task_id: int) -> Any:
-        raise NotImplementedError
-
-    def submit_unlock(self, keys: list[Any]) -> None:
-        raise NotImplementedError
-
-    def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
-        raise NotImplementedError
-
-    def query_load_result(self, task_id: int) -> Any:
-        raise NotImplementedError
+    submit_lookup_and_lock_task = query_lookup_and_lock_result = submit_unlock = _read
+    submit_load_task = query_load_result = _read
 
     def delete(self, keys: list[Any]) -> None:
         self._blobs.delete([self._name(key) for key in keys])

@@ -318,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, help="keep the float weights here")
     parser.add_argument("--weights", type=Path, help="float weights kept before: export and calibrate only")
     parser.add_argument(
-        "--calibrate", action="store_true", help="only that, the graph in --out: guards have changed, say"
+        "--calibrate", action="store_true", help="train nothing, only fit the head to the graph in --out"
     )
     return parser
 
