@@ -139,4 +139,4 @@ class StoreAgainstDict(RuleBasedStateMachine):
 
 
 TestStoreAgainstDict = StoreAgainstDict.TestCase
-TestStoreAgainstDict.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestStoreAgainstDict.settings = settings(max_examples=25, stateful_step_count=30)

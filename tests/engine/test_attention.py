@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -122,7 +122,7 @@ counts = st.tuples(st.integers(0, 70), st.one_of(st.just(1), st.integers(1, 20))
 
 
 @pytest.mark.parametrize("make", BACKENDS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(
     mix=st.lists(counts, min_size=1, max_size=5),
     layout=st.sampled_from(["adjacent", "scattered", "shared"]),

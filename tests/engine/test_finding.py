@@ -24,7 +24,7 @@ def index_of(*chunks: list[int]) -> RunIndex:
     return index
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(few, max_size=4), few, st.integers(0, 10))
 def test_what_is_found_is_there_in_order_and_apart(chunks: list[list[int]], prompt: list[int], first: int) -> None:
     end = first
@@ -37,7 +37,7 @@ def test_what_is_found_is_there_in_order_and_apart(chunks: list[list[int]], prom
         end = run.stop
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_run_of_any_chunk_is_found_whole_wherever_it_is_cut(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(2 * WIDTH, 30), min_size=1, max_size=4))
@@ -52,7 +52,7 @@ def test_a_run_of_any_chunk_is_found_whole_wherever_it_is_cut(data: st.DataObjec
     assert list(index_of(*chunks).find(prompt)) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(few, min_size=1, max_size=4), few)
 def test_what_is_removed_is_found_no_more(chunks: list[list[int]], prompt: list[int]) -> None:
     index = index_of(*chunks)
@@ -152,7 +152,7 @@ def test_a_bare_prompt_is_cut_at_its_marks_and_is_one_text_without() -> None:
     assert cutter.text("short").spans == ()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 60), min_size=2, max_size=8, unique=True))
 def test_only_tokens_cut_by_a_border_are_lost(sizes: list[int], borders: list[int]) -> None:
     offsets, end = [], 0

@@ -128,7 +128,7 @@ def test_a_token_that_does_not_fit_is_an_error(compiler: Guidance, tokenizer: Ch
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_way_through_a_schema_follows_it(compiler: Guidance, tokenizer: ChatTokenizer, seed: int) -> None:
     text = wander(grammar(compiler, schema_asked(PERSON)).guide(), tokenizer, seed)
     assert text is not None

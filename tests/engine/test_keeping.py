@@ -44,7 +44,7 @@ def words(seed: int, count: int = 40) -> tuple[int, ...]:
     st.integers(1, 30), st.booleans(), st.integers(0, 2**31), st.none() | st.integers(1, 2**31), st.booleans(),
     st.integers(0, 9),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_note_says_what_was_written(
     count: int, refined: bool, before: int, span: int | None, sensitive: bool, padding: int
 ) -> None:
@@ -60,7 +60,7 @@ def test_a_note_says_what_was_written(
 
 
 @given(st.integers(1, 40), st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 1), st.integers(0, 16))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_note_has_the_context_index_as_far_as_there_is_room(
     count: int, inter: list[float], impact: float, slot: int
 ) -> None:

@@ -230,7 +230,7 @@ def test_prompts_that_do_not_fit_their_chunks_are_refused(plain: Checkpoint) -> 
         ChunkKv((1, 2, 3), chunk.layers)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.booleans()), min_size=1, max_size=30), st.integers(0, 35))
 def test_best(rows: list[tuple[float, bool]], count: int) -> None:
     scores, allowed = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])

@@ -95,7 +95,7 @@ engines = st.fixed_dictionaries(
         "repairs": st.sampled_from([0, 0, 2]),
     }
 )
-modest = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+modest = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def served(checkpoint: Checkpoint, rows: list[Sequence], engine: dict[str, int]) -> Served:

@@ -73,7 +73,7 @@ def test_the_best_version_is_told_without_its_tokens() -> None:
 
 
 @given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_never_more_than_there_may_be(most: int, uses: list[tuple[int, float]]) -> None:
     versions, kept = Versions(most), set[int]()
     for slot, cost in uses:

@@ -76,7 +76,7 @@ def test_constants_are_read_as_the_library_reads_them() -> None:
         np.testing.assert_array_equal(read[item.name], onnx.numpy_helper.to_array(item), strict=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_models_are_refused_and_nothing_else_happens(data: st.DataObject) -> None:
     node = onnx.helper.make_tensor("a", onnx.TensorProto.FLOAT, [2, 3], range(6))
@@ -117,7 +117,7 @@ def test_who_wants_several_threads_gets_onnxruntime() -> None:
     assert one == pytest.approx(two, abs=0.3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 65, 130]), min_size=1, max_size=8))
 def test_a_text_is_the_same_whatever_stands_beside_it(encoder: Encoder, lengths: list[int]) -> None:
     texts, marks = drawn(len(lengths), lengths)

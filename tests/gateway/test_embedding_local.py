@@ -91,7 +91,7 @@ def test_case_does_not_matter(model: MiniLM) -> None:
 
 
 @given(st.lists(st.integers(1, WINDOW), max_size=60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_groups_hold_every_text_once_within_bounds(lengths: list[int]) -> None:
     groups = list(group_by_length(lengths))
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))

@@ -145,7 +145,7 @@ def test_odd_texts_are_judged_or_declined(judge: PairJudge, odd: str) -> None:
 
 
 def test_any_texts_are_judged_or_declined(judge: PairJudge) -> None:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(SHORT, SHORT)
     def judged(text: str, other: str) -> None:
         found = judge.decide(text, candidates(other), POLICY)

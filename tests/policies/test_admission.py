@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.admission import admit, lifetime
@@ -43,7 +43,6 @@ def test_a_fault_of_the_answer_goes_before_a_count() -> None:
     assert admit(NotStored.TRUNCATED, policy, ASKED, missed=1) is NotStored.TRUNCATED
 
 
-@settings(deadline=None)
 @given(st.floats(1.0, 1e6), st.sampled_from(Horizon), st.floats(0.0, 1.0, exclude_max=True), st.floats(0.0, 0.9))
 def test_nothing_lives_longer_than_it_may(ttl: float, horizon: Horizon, draw: float, jitter: float) -> None:
     policy = CategoryPolicy("any", ttl=ttl, ttl_jitter=jitter, freshness=FreshnessRules(now=5.0))

@@ -269,7 +269,7 @@ _STEPS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)), 
 
 
 @given(_STEPS, st.sampled_from([0.005, 0.05, 0.3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_state_survives_a_restart(steps: list[tuple[float, float, float]], budget: float) -> None:
     rules = BudgetRules(budget=budget, warmup=8)
     one = CategoryBudget(rules)
@@ -285,7 +285,7 @@ def test_the_state_survives_a_restart(steps: list[tuple[float, float, float]], b
 
 
 @given(_STEPS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_capital_stays_bounded_and_what_is_served_is_open(steps: list[tuple[float, float, float]]) -> None:
     rules = BudgetRules(budget=0.3, warmup=4, risk=0.5)
     budget = CategoryBudget(rules)

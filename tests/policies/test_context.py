@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.data import DataError, data_dir, read_rows
@@ -91,7 +91,6 @@ def test_a_bare_noun_stands_alone_only_at_the_start() -> None:
     assert leaning("Germany", first=False) is Leaning.ELLIPSIS
 
 
-@settings(deadline=None)
 @given(st.text(max_size=100), st.booleans())
 def test_any_text_is_judged_or_declined(text: str, first: bool) -> None:
     assert leaning(text, first=first) in {None, *Leaning}

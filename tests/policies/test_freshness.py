@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.freshness import (
@@ -58,13 +58,11 @@ def test_the_soonest_horizon_counts(text: str, expected: Horizon) -> None:
     assert horizon(text) is expected
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_is_read(text: str) -> None:
     assert horizon(text) in Horizon
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e7), st.sampled_from(Horizon))
 def test_a_horizon_only_shortens(ttl: float, level: Horizon) -> None:
     assert FreshnessRules().ttl(ttl, level) <= ttl
@@ -77,7 +75,6 @@ def test_a_sooner_horizon_is_at_least_as_strict() -> None:
     assert lives[-1] == 0.0
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e9), st.floats(0, 0.99), st.floats(0, 0.999))
 def test_jitter_only_shortens_and_by_no_more_than_its_share(ttl: float, share: float, draw: float) -> None:
     assert ttl * (1 - share) <= jittered(ttl, share, draw) * (1 + 1e-12)
@@ -114,7 +111,6 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little") if number >= 2**96 else bytes([number % 256]) * 16
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=200))
 def test_sightings_are_never_too_few(numbers: list[int]) -> None:
     sightings = Sightings(width=8, window=1000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.category import CategoryPolicy
@@ -49,7 +49,6 @@ def test_what_only_asks(text: str) -> None:
     assert instructed(text) == frozenset()
 
 
-@settings(deadline=None)
 @given(st.text(max_size=100), st.text(max_size=100))
 def test_any_two_texts_are_compared_alike_either_way(one: str, other: str) -> None:
     assert differing(one, other) == differing(other, one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.personal import Personal, iban, luhn, personal
@@ -64,7 +64,6 @@ def test_what_is_not(text: str) -> None:
     assert personal(text) == frozenset()
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_is_read(text: str) -> None:
     assert personal(text) <= frozenset(Personal)
@@ -77,7 +76,6 @@ def test_lone_surrogates_and_long_texts_are_read() -> None:
     assert personal("a" * 100_000 + "@") == frozenset()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**15 - 1))
 def test_luhn_finds_every_single_wrong_digit(number: int) -> None:
     body = f"{number:015d}"
@@ -88,7 +86,6 @@ def test_luhn_finds_every_single_wrong_digit(number: int) -> None:
         assert not luhn(whole[:place] + other + whole[place + 1 :])
 
 
-@settings(deadline=None)
 @given(st.from_regex(r"[A-Z]{2}[A-Z0-9]{11,26}", fullmatch=True))
 def test_an_iban_has_one_right_pair_of_check_digits(text: str) -> None:
     country, body = text[:2], text[2:]

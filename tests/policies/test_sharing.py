@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.sharing import Confirmations, Confirmed, SharingRules, Waiting, agree, gist
@@ -69,7 +69,6 @@ def test_forgetting_begins_anew() -> None:
     assert shared.offer(b"q", b"b", b"42", 0.0) == Waiting(1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 9), st.integers(0, 5), st.sampled_from([b"x", b"y"]), st.floats(0, 100)), max_size=80
@@ -128,7 +127,6 @@ def test_answers_that_do_not(one: str, other: str) -> None:
     assert not agree(gist(one), gist(other))
 
 
-@settings(deadline=None)
 @given(st.text(max_size=3000), st.text(max_size=3000))
 def test_any_two_answers_can_be_compared_either_way(one: str, other: str) -> None:
     assert len(gist(one)) <= 1024

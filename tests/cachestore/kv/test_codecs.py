@@ -65,7 +65,7 @@ def bound(name: str, kv: Tensor, form: Form) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["raw", "fp8", "int8", "entropy"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(form=forms, seed=st.integers(0, 999), outliers=st.booleans())
 def test_no_value_is_further_off_than_its_bound(name: str, form: Form, seed: int, outliers: bool) -> None:
     kv = sample(form, seed, outliers)
@@ -75,7 +75,7 @@ def test_no_value_is_further_off_than_its_bound(name: str, form: Form, seed: int
 
 
 @pytest.mark.parametrize(("name", "levels"), [("int4", 15), ("int2", 3)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(form=forms, seed=st.integers(0, 999), outliers=st.booleans())
 def test_no_head_is_further_off_than_its_bound(name: str, levels: int, form: Form, seed: int, outliers: bool) -> None:
     if form.head_dim * (2 if levels == 3 else 4) % 8:
@@ -92,7 +92,7 @@ def test_no_head_is_further_off_than_its_bound(name: str, levels: int, form: For
     assert bool((error <= allowed + math.sqrt(form.head_dim) * rounding(kv).amax(-1)).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(form=forms, seed=st.integers(0, 999))
 def test_the_important_are_kept_as_well_as_by_int8(form: Form, seed: int) -> None:
     kv = sample(form, seed, outliers=False)

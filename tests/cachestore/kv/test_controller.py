@@ -119,7 +119,7 @@ def test_a_short_chunk_far_away_is_computed() -> None:
     assert [type(choice) for choice in plan.choices] == [Recomputed, Loaded, Recomputed]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(16, 4096), st.sampled_from(list(Tier))), max_size=8), st.floats(0, 1))
 def test_one_hides_the_other(chunks: list[tuple[int, Tier]], least: float) -> None:
     controller = taught()

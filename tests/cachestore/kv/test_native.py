@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,7 +30,6 @@ def test_what_they_cannot_take_is_left_to_torch() -> None:
     assert not native.ready(torch.zeros(1, device="meta"))
 
 
-@settings(deadline=None)
 @given(
     layers=st.integers(1, 3),
     tokens=st.sampled_from([1, 2, 63, 64, 65, 130]),
@@ -53,7 +52,6 @@ def test_decoding(layers: int, tokens: int, heads: int, dim: int, dtype: torch.d
     assert near(out[:, 1], signed.float() * unit.float())
 
 
-@settings(deadline=None)
 @given(
     tokens=st.integers(1, 40),
     heads=st.integers(1, 3),

@@ -37,7 +37,7 @@ def test_the_sum_stays_the_same(endpoint: str, size: int) -> None:
         assert len(events) > 40
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.text(min_size=1, max_size=60), st.integers(1, 9))
 def test_no_event_has_more_text_than_asked_for(text: str, size: int) -> None:
     message = {"role": "assistant", "content": text}
